@@ -7,6 +7,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,11 +47,15 @@ class System(NamedTuple):
   number: of the note. title: how the table names it. recipe: its config, under configs/.
   paper: the paper's figure at full scale, and where it stands there.
   before: names of the systems whose runs the recipe reads; they must be run first.
+  parts: the same, of systems whose networks it draws with, too, so that their training and
+  parameters count as its own.
   pictures: whether it draws pictures, which `metrics` score; others have the scores of their task.
   metrics: of `evaluate model`; empty for a system that is scored only as a part of another.
   likelihood: whether `evaluate likelihood` is run, too.
   prompts: captions or classes of the pictures on the sheet.
-  cascade: whether it is a cascade, of the models of `before` and its own as the last.
+  cascade: whether it is a cascade, of the models of `parts` and its own as the last.
+  weights: the system whose run it draws with, or a model; nothing else is trained.
+  options: of sampling, in place of the model's own.
   """
 
   number: int
@@ -62,7 +67,10 @@ class System(NamedTuple):
   metrics: tuple[str, ...] = DRAWN
   likelihood: bool = False
   prompts: tuple[str, ...] = CAPTIONS
+  parts: tuple[str, ...] = ()
   cascade: bool = False
+  weights: str = ''
+  options: tuple[str, ...] = ()
 
 
 PICTURES = ('fd', 'kid')
@@ -71,6 +79,11 @@ SYSTEMS = {
   'ddpm': System(
     1, 'DDPM on pixels', 'notes/ddpm.py',
     'CIFAR-10 FID 3.17, 3.75 bits per dimension at most (Ho et al. 2020, table 1)', likelihood=True,
+  ),
+  'ddim': System(
+    2, 'DDIM, 50 steps with the weights of DDPM', 'notes/ddpm.py',
+    'CIFAR-10 FID 4.67 in 50 steps, eta 0 (Song, Meng & Ermon 2021, table 1)', before=('ddpm',),
+    weights='ddpm', options=('--sampler', 'ddim', '--eta', '0', '--steps', '50'),
   ),
   'iddpm': System(
     1, 'Improved DDPM: a learned variance', 'notes/iddpm.py',
@@ -113,7 +126,21 @@ SYSTEMS = {
   ),
   'dalle': System(
     7, 'DALL-E', 'notes/dalle.py',
-    'MS-COCO FID about 28, zero-shot (Nichol et al. 2022, table 2)', before=('dvae',),
+    'MS-COCO FID about 28, zero-shot (Nichol et al. 2022, table 2)', parts=('dvae',),
+  ),
+  'dalle2_decoder': System(
+    7, 'DALL-E 2, its decoder of embeddings', 'notes/dalle2_decoder.py', 'not given by itself',
+    metrics=(),
+  ),
+  'dalle2_prior': System(
+    7, 'DALL-E 2, diffusion prior and decoder', 'notes/dalle2_prior.py',
+    'MS-COCO FID 10.39, zero-shot (Ramesh et al. 2022, table 2)',
+    parts=('dalle2_decoder',),
+  ),
+  'dalle2_prior_tokens': System(
+    7, 'DALL-E 2, autoregressive prior and decoder', 'notes/dalle2_prior_tokens.py',
+    'MS-COCO FID 10.63, zero-shot (Ramesh et al. 2022, table 2)',
+    parts=('dalle2_decoder',),
   ),
   'latent_diffusion': System(
     5, 'Latent diffusion (DiT, rectified flow)', 'openmoji/dit_flow.py',
@@ -127,7 +154,8 @@ SYSTEMS = {
   ),
   'imagen': System(
     6, 'Imagen, the cascade 16 to 32 to 64', 'notes/imagen_64.py',
-    'MS-COCO FID 7.27 (Saharia et al. 2022, table 1)', ('imagen_base', 'imagen_32'), cascade=True,
+    'MS-COCO FID 7.27 (Saharia et al. 2022, table 1)',
+    parts=('imagen_base', 'imagen_32'), cascade=True,
   ),
   'enlarger': System(
     6, 'A network that enlarges, without diffusion', 'notes/enlarger.py', 'none', metrics=(),
@@ -164,24 +192,68 @@ SYSTEMS = {
     'ImageNet 256 FID 3.43 (Geng et al. 2025, table 2)', before=('latent_diffusion',),
   ),
 }
+"""Systems by name, each after those that it takes something from."""
+
+
+def _in_steps(of: str, steps: int, *more: str, model: str = '') -> System:
+  """Return a system in another number of steps; model: in place of its own weights."""
+  options = (*SYSTEMS[of].options[:-2], *more, '--steps', str(steps))
+  weights = model or SYSTEMS[of].weights or of
+  before = () if model else (weights,)
+  return SYSTEMS[of]._replace(before=before, weights=weights, options=options)
+
+
+EULER = ('--sampler', 'flow_euler', '--guidance', '2')
+COMPARED = {
+  **{f'ddim_{steps}': _in_steps('ddim', steps) for steps in (100, 20, 10)},
+  'unet_50': _in_steps(
+    'lcm', 50, '--sampler', 'ddim', '--guidance', '2', model='asset:text-to-image-openmoji-64'
+  ),
+  'lcm_2': _in_steps('lcm', 2),
+  'lcm_1': _in_steps('lcm', 1),
+  'dit_50': _in_steps('latent_diffusion', 50, *EULER),
+  'mean_flow_4': _in_steps('mean_flow', 4),
+  'mean_flow_2': _in_steps('mean_flow', 2),
+}
+"""Of the second table alone."""
+ALL = SYSTEMS | COMPARED
+MANY = 50
+BY_STEPS = {
+  'ddim': ('DDIM, eta 0', MANY), 'ddim_100': ('the same', 100), 'ddim_20': ('the same', 20),
+  'ddim_10': ('the same', 10),
+  'unet_50': ('U-Net of the package by DDIM, guidance 2', MANY),
+  'lcm': ('consistency distillation of it', 4), 'lcm_2': ('the same', 2), 'lcm_1': ('the same', 1),
+  'progressive': ('progressive distillation of it', 4), 'progressive2': ('its next round', 2),
+  'progressive1': ('its last round', 1),
+  'dit_50': ("DiT by Euler's method, guidance 2", MANY),
+  'mean_flow_4': ('mean flow of it', 4), 'mean_flow_2': ('the same', 2),
+  'mean_flow': ('the same', 1),
+}
+"""Rows of the second table: words and steps; those after one of MANY steps are held to it."""
 
 
 def _workdir(name: str) -> Path:
+  """Return where a system keeps what is its own."""
   return Path('runs/notes') / name
 
 
 def _source(name: str) -> list[str]:
-  """Return the arguments that name what a system draws with."""
-  workdir = _workdir(name)
-  return ['--model', f'{workdir}/cascade'] if SYSTEMS[name].cascade else ['--workdir', str(workdir)]
+  """Return the arguments that name what a system draws with, and how."""
+  system = ALL[name]
+  if system.cascade:
+    return ['--model', f'{_workdir(name)}/cascade', *system.options]
+  weights = system.weights or name
+  place = ['--workdir', str(_workdir(weights))] if weights in ALL else ['--model', weights]
+  return [*place, *system.options]
 
 
 def commands(name: str) -> dict[str, list[str]]:
   """Return what trains and scores a system, as arguments of `python -m diffusion_jax`."""
-  system, workdir = SYSTEMS[name], str(_workdir(name))
-  found = {'train': ['train', '--config', f'configs/{system.recipe}', '--workdir', workdir]}
+  system, workdir = ALL[name], str(_workdir(name))
+  train = ['train', '--config', f'configs/{system.recipe}', '--workdir', workdir]
+  found = {} if system.weights else {'train': train}
   if system.cascade:
-    base, *stages = (f'{_workdir(one)}/model' for one in (*system.before, name))
+    base, *stages = (f'{_workdir(one)}/model' for one in (*system.parts, name))
     more = [part for stage in stages for part in ('--stage', stage)]
     found['cascade'] = [
       'convert', '--from', base, *more, '--to', f'{workdir}/cascade', '--layout', 'cascade',
@@ -207,31 +279,53 @@ def _command(arguments: list[str]) -> list[str]:
   return [sys.executable, '-m', 'diffusion_jax', *arguments]
 
 
+def _newest(folder: Path) -> float:
+  """Return when a file of a folder was last written, 0 for no folder."""
+  return max((file.stat().st_mtime for file in folder.rglob('*')), default=0.0)
+
+
+def _is_new(cascade: Path, name: str) -> bool:
+  """Tell if a cascade is there and was written after its parts."""
+  written = max((file.stat().st_mtime for file in cascade.glob('*.json')), default=0.0)
+  parts = (*SYSTEMS[name].parts, name)
+  return written > max(_newest(ROOT / _workdir(part) / 'model') for part in parts)
+
+
+def _trained(names: Sequence[str]) -> dict[str, Any]:
+  """Return what training runs took, and the parameters that they trained."""
+  loaded = lambda name, file: json.loads((ROOT / _workdir(name) / file).read_text('utf-8'))
+  status = [loaded(name, 'status.json') for name in names]
+  seconds = sum(one['goodput']['step'] + one['goodput']['compile'] for one in status)
+  return {
+    'steps': status[-1]['step'], 'train_seconds': round(seconds, 1),
+    'parameters': sum(loaded(name, 'step.json')['parameters'] for name in names),
+  }
+
+
 def measure(name: str) -> dict[str, Any]:
   """Train and score a system; return its entry. A run that is there goes on, or is kept."""
-  steps = commands(name)
-  for kind, arguments in steps.items():
-    if kind == 'cascade' and (ROOT / _workdir(name) / kind).exists():
-      continue
+  system, made = ALL[name], commands(name)
+  for kind, arguments in made.items():
+    if kind == 'cascade':
+      cascade = ROOT / _workdir(name) / kind
+      if _is_new(cascade, name):
+        continue
+      shutil.rmtree(cascade, ignore_errors=True)
     print('python -m diffusion_jax', *arguments, flush=True)
     if subprocess.run(_command(arguments), cwd=ROOT).returncode:
       raise UserError(f'{name}: {arguments[0]} has failed; see what it said above.')
-  workdir = ROOT / _workdir(name)
-  loaded = lambda file, of=workdir: json.loads((of / file).read_text(encoding='utf-8'))
-  runs = [ROOT / _workdir(one) for one in (*SYSTEMS[name].before * SYSTEMS[name].cascade, name)]
-  status, sizes = ([loaded(file, run) for run in runs] for file in ('status.json', 'step.json'))
-  entry = {
-    'commands': [' '.join(['python -m diffusion_jax', *arguments]) for arguments in steps.values()],
-    'steps': status[-1]['step'],
-    'train_seconds': round(
-      sum(one['goodput']['step'] + one['goodput']['compile'] for one in status), 1
-    ),
-    'parameters': sum(one['parameters'] for one in sizes),
+  entry: dict[str, Any] = {
+    'commands': [' '.join(['python -m diffusion_jax', *arguments]) for arguments in made.values()],
   }
-  if 'scores' in steps:
+  if not system.weights:
+    entry |= _trained((*system.parts, name))
+  elif system.weights in ALL:
+    entry |= _trained((system.weights,))
+  loaded = lambda file: json.loads((ROOT / _workdir(name) / file).read_text('utf-8'))
+  if 'scores' in made:
     scores, columns = loaded('table.json'), ('generated', 'untrained', 'real', 'test')
     entry |= {column: scores[column] for column in columns if column in scores}
-  if 'likelihood' in steps:
+  if 'likelihood' in made:
     entry['likelihood'] = loaded('likelihood.json')
   return entry
 
@@ -244,7 +338,7 @@ def read() -> dict[str, dict[str, Any]]:
 def add(name: str, entry: dict[str, Any]) -> None:
   """Write the entry of a system in place of an earlier one."""
   found = read() | {name: entry}
-  ordered = {name: found[name] for name in SYSTEMS if name in found}
+  ordered = {name: found[name] for name in ALL if name in found}
   with atomic_write(FIGURES) as file:
     file.write((json.dumps(ordered, indent=1) + '\n').encode())
 
@@ -277,28 +371,55 @@ def _more(entry: dict[str, Any]) -> str:
   return ', '.join(parts)
 
 
+AGREEMENT = {'clip_score': '.1f', 'retrieval_r1': '.2f', 'class_accuracy': '.2f'}
+"""Scores that have a column, and their digits."""
+
+
+def _agreement(scores: dict[str, Any]) -> tuple[str, ...]:
+  return tuple(_number(scores.get(name), digits) for name, digits in AGREEMENT.items())
+
+
 def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
   system, scores, first = SYSTEMS[name], entry.get('generated', {}), entry.get('untrained', {})
   distance = _number(scores.get('fd_clip'), '.1f')
   if distance and 'fd_clip' in first:
     distance += f' ({first["fd_clip"]:.0f})'
+  training = f'{entry["train_seconds"] / 60:.0f} min'
   return (
     f'{system.number}. {system.title}', f'`configs/{system.recipe}`',
-    f'{entry["train_seconds"] / 60:.0f} min', f'{entry["parameters"] / 1e6:.1f} M', distance,
-    _number(scores.get('clip_score'), '.1f'), _number(scores.get('retrieval_r1'), '.2f'),
-    _number(scores.get('class_accuracy'), '.2f'), _more(entry), system.paper,
+    f'that of `{system.weights}`' if system.weights else training,
+    f'{entry["parameters"] / 1e6:.1f} M', distance, *_agreement(scores), _more(entry), system.paper,
   )
 
 
+def _rows_by_steps(found: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+  """Return the rows of the second table, as far as they and what they are held to are measured."""
+  rows, many = [], None
+  for name, (words, steps) in BY_STEPS.items():
+    scores = found.get(name, {}).get('generated')
+    if steps == MANY:
+      many = scores
+    if scores and many:
+      more = '' if scores is many else f'{scores["fd_clip"] - many["fd_clip"]:+.1f}'
+      rows.append(
+        (words, str(steps), _number(scores['fd_clip'], '.1f'), more, *_agreement(scores))
+      )
+  return rows
+
+
 def table() -> str:
-  """Return the table of all systems that have been measured."""
+  """Return the tables of all systems that have been measured."""
   found = read()
   rows = [_row(name, found[name]) for name in SYSTEMS if name in found]
   head = (
     'system', 'recipe', 'training', 'parameters', '`fd_clip` (untrained)', 'CLIP score',
     'R@1 of 100', 'classes', 'more', 'the paper, at full scale',
   )
-  return markdown(head, rows)
+  parts = [markdown(head, rows)]
+  if rows := _rows_by_steps(found):
+    head = ('by steps', 'steps', '`fd_clip`', f'more than in {MANY}', *head[5:8])
+    parts.append(markdown(head, rows))
+  return '\n\n'.join(parts)
 
 
 def replaced(text: str) -> str:
@@ -309,7 +430,7 @@ def replaced(text: str) -> str:
 
 def _drawn(name: str) -> np.ndarray:
   """Return what a system draws for its prompts, uint8 [n CELL CELL 3]."""
-  prompts = [part for prompt in SYSTEMS[name].prompts for part in ('--prompt', prompt)]
+  prompts = [part for prompt in ALL[name].prompts for part in ('--prompt', prompt)]
   with tempfile.TemporaryDirectory() as out:
     command = _command(['sample', *_source(name), *prompts, '--out', out])
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -320,6 +441,11 @@ def _drawn(name: str) -> np.ndarray:
       for file in files
     ]
     return np.stack([np.asarray(image) for image in resized])
+
+
+def _draws(system: System) -> bool:
+  """Tell if a system draws pictures of captions by itself."""
+  return system.pictures and bool(system.metrics)
 
 
 def sheet(names: Sequence[str]) -> None:
@@ -340,12 +466,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Do it."""
-  names = [check(SYSTEMS, name, 'NAME') for name in args.names] or list(read())
+  names = [check(ALL, name, 'NAME') for name in args.names] or list(read())
   if args.what == 'run':
     for name in names:
       add(name, measure(name))
   elif args.what == 'sheet':
-    sheet([name for name in names if SYSTEMS[name].pictures])
+    sheet([name for name in names if name in SYSTEMS and _draws(SYSTEMS[name])])
   else:
     README.write_text(replaced(README.read_text(encoding='utf-8')), encoding='utf-8')
   return 0

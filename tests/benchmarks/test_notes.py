@@ -1,10 +1,13 @@
 """The table of systems: made of what was measured, and of recipes that there are."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
 from benchmarks import notes
+from diffusion_jax.recipe import load_config
 
 ENTRY = {
   'commands': [], 'steps': 8, 'train_seconds': 600.0, 'parameters': 2_500_000,
@@ -18,11 +21,15 @@ def test_the_readme_has_the_table_of_what_was_measured():
   assert notes.replaced(text) == text
 
 
-@pytest.mark.parametrize('name', notes.SYSTEMS)
+@pytest.mark.parametrize('name', notes.ALL)
 def test_each_system_has_a_recipe_and_comes_after_what_it_takes(name):
-  system, order = notes.SYSTEMS[name], list(notes.SYSTEMS)
+  system, order = notes.ALL[name], list(notes.ALL)
   assert (notes.ROOT / 'configs' / system.recipe).is_file()
-  assert all(order.index(before) < order.index(name) for before in system.before)
+  taken = (*system.before, *system.parts)
+  assert all(order.index(before) < order.index(name) for before in taken)
+  recipe = load_config(str(notes.ROOT / 'configs' / system.recipe)).settings.to_dict()
+  runs = {value.split('/')[2] for value in recipe.values() if str(value).startswith('runs/notes/')}
+  assert system.weights or runs <= set(taken)
 
 
 def test_a_cascade_is_put_together_before_it_is_scored():
@@ -35,12 +42,70 @@ def test_a_cascade_is_put_together_before_it_is_scored():
   assert '--model runs/notes/imagen/cascade' in ' '.join(found['scores'])
 
 
+def test_a_cascade_is_put_together_again_when_a_part_is_newer(tmp_path, monkeypatch):
+  """Else the scores would be those of networks that are there no more."""
+  monkeypatch.setattr(notes, 'ROOT', tmp_path)
+  done = []
+
+  def run(command, **_):
+    done.append(command[3])
+    if command[3] == 'convert':
+      cascade = tmp_path / 'runs/notes/imagen/cascade'
+      cascade.mkdir()  # As the command does, for which the folder must not be there.
+      (cascade / 'model_index.json').touch()
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(notes.subprocess, 'run', run)
+  for count, name in enumerate(('imagen_base', 'imagen_32', 'imagen'), 1):
+    folder = tmp_path / 'runs/notes' / name
+    (folder / 'model').mkdir(parents=True)
+    (folder / 'model/weights').touch()
+    os.utime(folder / 'model/weights', (1, 1))
+    status = {'step': 8, 'goodput': {'step': 2.0, 'compile': 1.0}}
+    (folder / 'status.json').write_text(json.dumps(status))
+    (folder / 'step.json').write_text(json.dumps({'parameters': count}))
+  (tmp_path / 'runs/notes/imagen/table.json').write_text('{}')
+  entry = notes.measure('imagen')
+  assert (entry['train_seconds'], entry['parameters']) == (9.0, 6)
+  assert done == ['train', 'convert', 'evaluate']
+  notes.measure('imagen')
+  assert done[3:] == ['train', 'evaluate']
+  os.utime(tmp_path / 'runs/notes/imagen_base/model/weights', (2**33, 2**33))
+  notes.measure('imagen')
+  assert done[5:] == ['train', 'convert', 'evaluate']
+
+
+def test_weights_of_another_system_are_scored_with_other_options():
+  found = notes.commands('ddim')
+  assert list(found) == ['scores']
+  words = ' '.join(found['scores'])
+  assert words.startswith('evaluate model --workdir runs/notes/ddpm --sampler ddim --eta 0')
+  assert words.endswith('--out runs/notes/ddim/table.json')
+  words = ' '.join(notes.commands('ddim_10')['scores'])
+  assert '--sampler ddim --eta 0 --steps 10' in words and '/ddim_10/' in words
+  assert '--model asset:text-to-image' in ' '.join(notes.commands('unet_50')['scores'])
+
+
+def test_fewer_steps_are_held_to_those_of_the_teacher(tmp_path, monkeypatch):
+  """A row without a measured teacher is not shown, nor are compared rows in the first table."""
+  monkeypatch.setattr(notes, 'FIGURES', tmp_path / 'notes.json')
+  at = lambda distance: ENTRY | {'generated': ENTRY['generated'] | {'fd_clip': distance}}
+  for name, distance in {'lcm': 30.0, 'unet_50': 20.0, 'lcm_2': 19.5, 'mean_flow': 50.0}.items():
+    notes.add(name, at(distance))
+  first, second = notes.table().split('\n\n')
+  assert len(first.splitlines()) == 4
+  assert [line.split(' | ')[1:4] for line in second.splitlines()[2:]] == [
+    ['50', '20.0', ''], ['4', '30.0', '+10.0'], ['2', '19.5', '-0.5'],
+  ]
+
+
 def test_entries_are_kept_in_the_order_of_the_systems(tmp_path, monkeypatch):
   """An entry replaces its own; a row has its figures, and none that were not measured."""
   monkeypatch.setattr(notes, 'FIGURES', tmp_path / 'notes.json')
   other = notes.SYSTEMS['latent_diffusion']._replace(title='Other')
   systems = {'latent_diffusion': notes.SYSTEMS['latent_diffusion'], 'other': other}
   monkeypatch.setattr(notes, 'SYSTEMS', systems)
+  monkeypatch.setattr(notes, 'ALL', systems)
   notes.add('other', {key: ENTRY[key] for key in ('train_seconds', 'parameters')})
   notes.add('latent_diffusion', ENTRY | {'steps': 4})
   notes.add('latent_diffusion', ENTRY)
