@@ -1,8 +1,10 @@
 """Config files: those of the package by name, and any other; overrides from the command line."""
 
+import ast
+import difflib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from diffusion_jax import configs
-from diffusion_jax.errors import UserError
-from diffusion_jax.registry import Table, check
+from diffusion_jax.errors import UserError, shown
 
 _BOOLEANS = ('', 'true', 'false', 't', 'f', '1', '0')
 """As the command line reads them."""
@@ -80,20 +81,48 @@ def _make_section(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:
   return config
 
 
-def recipes() -> Table:
+def recipes() -> dict[str, Path]:
   """Return the recipes in the package by name, such as openmoji/quickstart; sorted."""
   found = {}
   for folder in map(Path, configs.__path__):
     for file in folder.rglob('*.py'):
       if file.name not in ('__init__.py', 'base.py'):
         found[file.relative_to(folder).with_suffix('').as_posix()] = file
-  return Table('config', dict(sorted(found.items())))
+  return dict(sorted(found.items()))
+
+
+def summary(recipe: Path) -> str:
+  """Return what a recipe says of itself in its first line."""
+  text = ast.get_docstring(ast.parse(recipe.read_bytes())) or ''
+  return text.partition('\n')[0]
+
+
+def find_recipe(name: str) -> Path:
+  """Return the file of a recipe. UserError, which names the nearest ones, where there is none."""
+  known, own = recipes(), name.removeprefix('configs/').removesuffix('.py')
+  if own in known:
+    return known[own]
+  near = _nearest(own, known)
+  hint = f'did you mean {" or ".join(near)}? If not, ' if near else ''
+  raise UserError(
+    f'there is no config {shown(name)}; {hint}python -m diffusion_jax configs lists the recipes of '
+    'the package.'
+  )
+
+
+def _nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+  """Return the recipes whose name, or its last part, is most like that of another, best first."""
+  likeness = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+  last = lambda path: path.rpartition('/')[2]
+  asked = name.lower()
+  found = {
+    other: max(likeness(asked, other), likeness(last(asked), last(other))) for other in known
+  }
+  best = sorted(found, key=found.get, reverse=True)[:most]
+  return [other for other in best if found[other] > 0.6]
 
 
 def _find(path: str) -> Path:
   """Return a file that is there, or else the recipe of this name."""
   file = Path(path)
-  if file.suffix == '.py' and file.is_file():
-    return file
-  known, name = recipes(), path.removeprefix('configs/').removesuffix('.py')
-  return known[check(known, name if name in known else path)]
+  return file if file.suffix == '.py' and file.is_file() else find_recipe(path)

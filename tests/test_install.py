@@ -20,11 +20,14 @@ def get_config():
   return config
 """
 READ = """
-import sys
+import pathlib, sys
+from diffusion_jax.cli.configs import copy
 from diffusion_jax.config import parse
 from diffusion_jax.recipe import load_config, recipes
 print(len([parse(load_config(name)) for name in recipes()]), 'recipes')
 print(load_config(sys.argv[1]).loop.batch_size)
+copied = copy('finetune/sd15_v', pathlib.Path())
+print(load_config(str(copied)).to_dict() == load_config('finetune/sd15_v').to_dict())
 """
 
 
@@ -84,7 +87,7 @@ def test_a_wheel_holds_the_recipes_and_the_models(clone, tmp_path):
     path for path in (ROOT / 'configs').rglob('*.py')
     if path.name not in ('__init__.py', 'base.py')
   ]
-  assert out.splitlines() == [f'{len(recipes)} recipes', '96']
+  assert out.splitlines() == [f'{len(recipes)} recipes', '96', 'True']
   packaged = tmp_path / 'site' / 'diffusion_jax'
   for folder, here in (('assets', ROOT / 'diffusion_jax'), ('configs', ROOT)):
     files = lambda root: {p.relative_to(root) for p in root.rglob('*.*')

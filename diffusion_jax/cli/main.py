@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from diffusion_jax import __version__
 from diffusion_jax.cli import (
   classify,
+  configs,
   convert,
   evaluate,
   prepare,
@@ -21,7 +22,7 @@ from diffusion_jax.errors import Diverged, UserError
 
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
-  'convert': convert, 'classify': classify, 'search': search,
+  'convert': convert, 'classify': classify, 'search': search, 'configs': configs,
 }
 
 CHANGE_CONFIGS = ('train', 'prepare')

@@ -25,8 +25,8 @@ class Options:
   """A config and a workdir."""
 
   config: Annotated[str, Help(
-    'config file to run, or the name of a recipe of the package, such as openmoji/quickstart',
-    'FILE'
+    'config file to run, or the name of a recipe of the package, such as openmoji/quickstart; '
+    'configs lists them', 'FILE'
   )]
   workdir: Annotated[str, Help(
     'where config, checkpoints, metrics, grids, report and model go', 'DIR'
