@@ -78,33 +78,35 @@ PICTURES = ('fd', 'kid')
 SYSTEMS = {
   'ddpm': System(
     1, 'DDPM on pixels', 'notes/ddpm.py',
-    'CIFAR-10 FID 3.17, 3.75 bits per dimension at most (Ho et al. 2020, table 1)', likelihood=True,
+    'CIFAR-10: FID 3.17, at most 3.75 bits per dimension (Ho et al. 2020, table 1)',
+    likelihood=True,
   ),
   'ddim': System(
     2, 'DDIM, 50 steps with the weights of DDPM', 'notes/ddpm.py',
-    'CIFAR-10 FID 4.67 in 50 steps, eta 0 (Song, Meng & Ermon 2021, table 1)', before=('ddpm',),
+    'CIFAR-10: FID 4.67 in 50 steps, eta 0 (Song, Meng & Ermon 2021, table 1)', before=('ddpm',),
     weights='ddpm', options=('--sampler', 'ddim', '--eta', '0', '--steps', '50'),
   ),
   'iddpm': System(
     1, 'Improved DDPM: a learned variance', 'notes/iddpm.py',
-    'CIFAR-10 2.94, ImageNet-64 3.53 bits per dimension (Nichol & Dhariwal 2021, table 3)',
+    'CIFAR-10: 2.94, ImageNet-64: 3.53 bits per dimension (Nichol & Dhariwal 2021)',
     likelihood=True,
   ),
   'ncsn': System(
     3, 'NCSN, annealed Langevin dynamics', 'notes/ncsn.py',
-    'CIFAR-10 FID 25.32 (Song & Ermon 2019, table 1)',
+    'CIFAR-10: FID 25.32 (Song & Ermon 2019, table 1)',
   ),
   'score_ve': System(
     3, 'VE SDE, predictor-corrector', 'notes/score_ve.py',
-    'CIFAR-10 FID 2.20 (NCSN++ cont., deep; Song et al. 2021, table 3)',
+    'CIFAR-10: FID 2.20 (NCSN++ cont., deep; Song et al. 2021, table 3)',
   ),
   'score_vp': System(
     3, 'VP SDE, Euler-Maruyama', 'notes/score_vp.py',
-    'CIFAR-10 FID 2.41 (DDPM++ cont., deep; Song et al. 2021, table 3)', likelihood=True,
+    'CIFAR-10: FID 2.41, predictor-corrector (DDPM++ cont., deep; Song et al. 2021, table 3)',
+    likelihood=True,
   ),
   'score_subvp': System(
     3, 'Sub-VP SDE, probability flow', 'notes/score_subvp.py',
-    'CIFAR-10 2.99 bits per dimension (DDPM++ cont., deep; Song et al. 2021, table 2)',
+    'CIFAR-10: 2.99 bits per dimension (DDPM++ cont., deep; Song et al. 2021, table 2)',
     likelihood=True,
   ),
   'vae': System(
@@ -118,7 +120,8 @@ SYSTEMS = {
   ),
   'fsq': System(
     4, 'FSQ, 512 codes', 'notes/fsq.py',
-    'ImageNet 256: FID 4.53 of MaskGIT on 2^10 codes (Mentzer et al. 2023)', pictures=False,
+    'ImageNet 256: FID 4.53 of MaskGIT on its codes, 4.51 on those of VQ (Mentzer et al. 2023, '
+    'figure 4)', pictures=False,
   ),
   'dvae': System(
     4, 'Discrete VAE, 512 codes', 'notes/dvae.py',
@@ -126,7 +129,7 @@ SYSTEMS = {
   ),
   'dalle': System(
     7, 'DALL-E', 'notes/dalle.py',
-    'MS-COCO FID about 28, zero-shot (Nichol et al. 2022, table 2)', parts=('dvae',),
+    'MS-COCO 256: FID about 28, zero-shot (Ramesh et al. 2022, table 2)', parts=('dvae',),
   ),
   'dalle2_decoder': System(
     7, 'DALL-E 2, its decoder of embeddings', 'notes/dalle2_decoder.py', 'not given by itself',
@@ -134,17 +137,17 @@ SYSTEMS = {
   ),
   'dalle2_prior': System(
     7, 'DALL-E 2, diffusion prior and decoder', 'notes/dalle2_prior.py',
-    'MS-COCO FID 10.39, zero-shot (Ramesh et al. 2022, table 2)',
+    'MS-COCO 256: FID 10.39, zero-shot (Ramesh et al. 2022, table 2)',
     parts=('dalle2_decoder',),
   ),
   'dalle2_prior_tokens': System(
     7, 'DALL-E 2, autoregressive prior and decoder', 'notes/dalle2_prior_tokens.py',
-    'MS-COCO FID 10.63, zero-shot (Ramesh et al. 2022, table 2)',
+    'MS-COCO 256: FID 10.63, zero-shot (Ramesh et al. 2022, table 2)',
     parts=('dalle2_decoder',),
   ),
   'latent_diffusion': System(
     5, 'Latent diffusion (DiT, rectified flow)', 'openmoji/dit_flow.py',
-    'MS-COCO FID 12.6 with guidance (LDM-KL-8-G; Rombach et al. 2022, table 2)',
+    'MS-COCO 256: FID 12.63, guided, 250 steps (LDM-KL-8-G; Rombach et al. 2022, table 2)',
   ),
   'imagen_base': System(
     6, 'Imagen, its base at 16 pixels', 'notes/imagen_base.py', 'not given by itself',
@@ -154,7 +157,7 @@ SYSTEMS = {
   ),
   'imagen': System(
     6, 'Imagen, the cascade 16 to 32 to 64', 'notes/imagen_64.py',
-    'MS-COCO FID 7.27 (Saharia et al. 2022, table 1)',
+    'MS-COCO 256: FID 7.27, zero-shot (Saharia et al. 2022, table 1)',
     parts=('imagen_base', 'imagen_32'), cascade=True,
   ),
   'enlarger': System(
@@ -162,11 +165,12 @@ SYSTEMS = {
   ),
   'clip': System(
     8, 'CLIP', 'openmoji/clip.py',
-    'ImageNet, zero-shot: 76.2 % (ViT-L/14@336px; Radford et al. 2021, table 1)', pictures=False,
+    'ImageNet: 76.2 %, zero-shot (ViT-L/14 at 336 pixels; Radford et al. 2021, table 1)',
+    pictures=False,
   ),
   'siglip': System(
     8, 'SigLIP', 'notes/siglip.py',
-    'ImageNet, zero-shot: 84.5 % beside a locked image tower (Zhai et al. 2023, abstract)',
+    'ImageNet: 84.5 %, zero-shot, beside a locked image tower (Zhai et al. 2023, abstract)',
     pictures=False,
   ),
   'sequences': System(
@@ -175,21 +179,22 @@ SYSTEMS = {
   ),
   'lcm': System(
     10, 'Consistency distillation, 4 steps', 'notes/lcm.py',
-    'CIFAR-10 FID 2.93 in two steps (Song et al. 2023, table 1)',
+    'CIFAR-10: FID 2.93 in two steps (Song et al. 2023, table 1)',
   ),
   'progressive': System(
     10, 'Progressive distillation, 4 steps', 'notes/progressive.py',
-    'CIFAR-10 FID 3.00 in four steps (Salimans & Ho 2022, table 2)',
+    'CIFAR-10: FID 3.00 in four steps (Salimans & Ho 2022, table 2)',
   ),
   'progressive2': System(
-    10, 'the same, 2 steps', 'notes/progressive2.py', 'FID 4.51', before=('progressive',)
+    10, 'the same, 2 steps', 'notes/progressive2.py', 'FID 4.51 in two', before=('progressive',)
   ),
   'progressive1': System(
-    10, 'the same, 1 step', 'notes/progressive1.py', 'FID 9.12', before=('progressive2',)
+    10, 'the same, 1 step', 'notes/progressive1.py', 'FID 9.12 in one', before=('progressive2',)
   ),
   'mean_flow': System(
     10, 'Mean flow, 1 step', 'notes/mean_flow.py',
-    'ImageNet 256 FID 3.43 (Geng et al. 2025, table 2)', before=('latent_diffusion',),
+    'ImageNet 256: FID 3.43 in one step, by class (MeanFlow-XL/2; Geng et al. 2025, table 2)',
+    before=('latent_diffusion',),
   ),
 }
 """Systems by name, each after those that it takes something from."""

@@ -5,13 +5,13 @@ of 32 x 32 pixels. A transformer then learns the joint distribution of the capti
 picture's, each predicted from all before it; the two cross-entropies are weighted 1/8 and 7/8
 (section 2.2). Sampling writes the caption and draws the picture's tokens one by one, keys and
 values kept; `--candidates N` draws N pictures and CLIP keeps the one most like the caption (section
-2.3; the paper draws 512). That flatters scores by the same CLIP, so that here it is one unless
+2.6; the paper draws 512). That flatters scores by the same CLIP, so that here it is one unless
 asked for. Guidance on logits came later (Make-A-Scene, Gafni et al. 2022): a tenth of the captions
 is left out in training for it.
 
 The paper: 12 billion parameters, 64 layers of width 3968, 256 text tokens of 16,384 and 32 x 32
 image tokens of 8192, 250 million pairs, 430,000 steps of 1024; FID about 28 on MS-COCO without
-having seen it (Nichol et al. 2022, table 2). Its attention is sparse (by row, column, convolution);
+having seen it (Ramesh et al. 2022, table 2). Its attention is sparse (by row, column, convolution);
 88 tokens need no such thing.
 """
 

@@ -5,8 +5,9 @@ to draw, a tenth of the time on none, for guidance. It makes variations of a giv
 (`--reference FILE`, section 3.1), which keep what CLIP sees and change what it does not; and it
 draws what the prior of `dalle2_prior` says.
 
-The paper: 3.5 billion parameters at 64 x 64 pixels, then two enlargements to 1024, with the texts'
-tokens beside the embedding; here it is the embedding alone, and one size.
+The paper: 3.5 billion parameters at 64 x 64 pixels, then two enlargements to 1024; the embedding is
+added to the time's and becomes four tokens beside the text's, of which it finds little use. Here it
+is the embedding alone, and one size.
 """
 
 from diffusion_jax.configs.base import base

@@ -2,11 +2,10 @@
 
 Each of three channels is bounded by tanh and rounded to 8, 8 or 8 values (section 3.1): 512 codes,
 as many as `vq` has, on a fixed grid. There is no codebook to learn, no commitment and nothing to
-revive, and nearly all codes are used by construction (figure 1). The gradient passes the rounding
-as if it were not there.
+revive, and nearly all codes are used. The gradient passes the rounding as if it were not there.
 
-The paper: MaskGIT on 2^10 codes of FSQ draws ImageNet at 256 pixels about as well as on those of VQ
-(FID 4.53 and 4.51), and FSQ uses all of its codes where VQ uses 81 percent.
+The paper: MaskGIT on about 2^10 codes of FSQ draws ImageNet at 256 pixels about as well as on those
+of VQ (FID 4.53 and 4.51), and FSQ uses all of its codes where VQ uses 81 percent (figure 4).
 """
 
 from diffusion_jax.configs.notes import vq

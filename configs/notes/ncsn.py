@@ -7,7 +7,8 @@ largest and at each level takes steps x += a score / 2 + sqrt(a) z with a in pro
 (algorithm 1), then a denoising step (Jolicoeur-Martineau et al. 2021).
 
 The network is that of `notes/score_ve`, and is trained at all levels between the ends, of which
-twelve are visited. The paper takes 100 steps at each, as the sampler does by itself.
+twelve are visited. The paper has ten, from 1 to 0.01, and takes 100 steps at each, as the sampler
+does by itself.
 """
 
 from diffusion_jax.configs.notes import score_ve

@@ -1,4 +1,4 @@
-"""Score-based model of the sub-VP SDE (Song et al. 2021, eq. 29): see `notes/score_vp`.
+"""Score-based model of the sub-VP SDE (Song et al. 2021, eq. 27 and 29): see `notes/score_vp`.
 
 alpha is that of the VP SDE and sigma = 1 - alpha^2, at most as large as there. It is sampled along
 the probability flow, by Heun's method.

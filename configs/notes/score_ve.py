@@ -1,10 +1,11 @@
 """Score-based model of the variance-exploding SDE (Song et al. 2021, eq. 30): see `notes/score_vp`.
 
 x stays as it is and noise is added, sigma from 0.01 to 50, evenly in ln sigma: NCSN's levels in
-continuous time. 50 is about the largest distance of two pictures (Song & Ermon 2020, technique 1),
-so that at the end nothing of them can be told. The network is given x / sqrt(1 + sigma^2) and
-predicts what is left of the picture beside c_skip x (Karras et al. 2022, table 1), with the weight
-sigma^2 on the score's error, as in the paper. The paper's sampler is predictor_corrector.
+continuous time. 50 is the paper's for CIFAR-10, about the largest distance of two of its pictures
+(Song & Ermon 2020, technique 1), so that at the end hardly anything of them can be told. The
+network is given x / sqrt(1 + sigma^2) and predicts what is left of the picture beside c_skip x
+(Karras et al. 2022, table 1), with the weight sigma^2 on the score's error, as in the paper. The
+paper's sampler is predictor_corrector.
 """
 
 from diffusion_jax.configs.notes import score_vp

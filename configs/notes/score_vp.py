@@ -10,7 +10,7 @@ What is learned once is sampled in many ways:
   probability_flow      the ODE of the same marginals, dx = (f - g^2 score / 2) dt (eq. 13), by
                         adaptive Runge-Kutta; heun and lms (Karras et al. 2022) take fewer calls
 Along the ODE the change of density is known: `evaluate likelihood` has the exact one (eq. 39).
-`score_subvp` has less noise at every time (eq. 29) and better likelihoods, `score_ve` adds noise
+`score_subvp` has less noise at every time (eq. 27) and better likelihoods, `score_ve` adds noise
 alone, `ncsn` is the method from which these came.
 """
 

@@ -12,8 +12,9 @@ prior, in one call of the network where diffusion takes many; the pictures are b
 of a Gaussian is. `evaluate likelihood` has the bound in bits per dimension, and that of importance
 sampling (Burda et al. 2016).
 
-The paper: MNIST and Frey faces. On CIFAR-10 a VAE reaches 4.51 bits per dimension (van den Oord et
-al. 2017, section 4.1), a hierarchical one 2.87 (Child 2021), where DDPM's bound is 3.75.
+The paper: MNIST and Frey faces. On CIFAR-10 the bound of a VAE is 4.51 bits per dimension (van den
+Oord et al. 2017, section 4.1), that of DDPM 3.75 (Ho et al. 2020, table 1); hierarchies of latents
+go below both (Child 2021).
 """
 
 from diffusion_jax.configs.notes import vq

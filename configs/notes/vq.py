@@ -4,12 +4,12 @@ The latent at each place is replaced by the nearest of a set of code vectors, an
 passed on as if it had not been (eq. 1-2). The set follows the latents by an exponential moving
 average of decay 0.99 (appendix A.1), and the encoder pays 0.25 times its distance from the codes
 (eq. 3). Sets learned so tend to collapse: most codes are never nearest to anything. Codes that fall
-into disuse are therefore put in the place of latents of the batch (Dhariwal et al. 2020, section
-3.1). The log has the fraction of the codes that a batch uses, the perplexity of their use, and how
+into disuse are therefore put in the place of latents of the batch (random restarts, Dhariwal et al.
+2020). The log has the fraction of the codes that a batch uses, the perplexity of their use, and how
 many were revived; the scores have the same of the test images.
 
-The paper: 128 x 128 pixels of ImageNet <-> 32 x 32 codes of 512, 4.67 bits per dimension of
-CIFAR-10 (section 4.1). Latent diffusion's first models, and Parti and MaskGIT, stand on such codes.
+The paper: 128 x 128 pixels of ImageNet <-> 32 x 32 codes of 512 (section 4.2), at most 4.67 bits
+per dimension of CIFAR-10 (section 4.1). Parti and MaskGIT stand on such codes.
 """
 
 from diffusion_jax.configs.base import base

@@ -1,7 +1,8 @@
 """The model of CelebA at 64 x 64 of Song, Meng & Ermon (2021), drawn by DDIM.
 
-DDPM's U-Net with five resolutions and attention at 16 x 16, trained as that of CIFAR-10; DDIM draws
-from it in 10 to 1000 steps (section 5.1), `--sampler ddim --steps N`.
+DDPM's U-Net with five resolutions and attention at 16 x 16, with the widths, the learning rate and
+the batches of the released configuration; the paper names no number of steps, which is that of
+CIFAR-10 here. DDIM draws from it in 10 to 1000 steps (table 1), `--sampler ddim --steps N`.
 """
 
 from diffusion_jax.configs.papers.base import levels, pixels_base

@@ -1,8 +1,8 @@
-"""Improved DDPM on ImageNet at 64 x 64 (Nichol & Dhariwal 2021): about 120 million parameters.
+"""Improved DDPM on ImageNet at 64 x 64 (Nichol & Dhariwal 2021): 121 million parameters.
 
 4000 steps of the cosine schedule, a learned variance by the hybrid loss; three residual blocks at
 each of four resolutions, four heads of attention at 16 x 16 and 8 x 8, the time scales and shifts
-norms; Adam at 1e-4, batches of 128, 1.5 million steps.
+norms; Adam at 1e-4, batches of 128, 1.5 million steps, as in the released code.
 """
 
 from diffusion_jax.configs.papers.base import levels, pixels_base

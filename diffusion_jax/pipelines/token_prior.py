@@ -2,7 +2,7 @@
 
 It is the model of `image_tokens` with another meaning of tokens: those of `EmbeddingTokens` in
 place of an image's. Of several candidates that embedding is kept whose cosine with the caption's is
-largest; the paper draws two.
+largest, as the paper does with two of its diffusion prior.
 """
 
 import dataclasses
