@@ -23,7 +23,7 @@ from diffusion_jax.evaluation.metrics.gaussians import frechet_distance
 from diffusion_jax.evaluation.metrics.images import psnr_of_each
 from diffusion_jax.files import atomic_write
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pixels import resize, to_float
 from diffusion_jax.run import TrainedRun
 

@@ -74,10 +74,10 @@ class EditOptions:
     """Raise UserError for what does not fit a model that draws height x width pixels."""
     import numpy as np
 
-    from diffusion_jax.pipelines.image_conditioners import Inputs
+    from diffusion_jax.pipelines.inputs import Inputs
     from diffusion_jax.pipelines.tiling import tiled
 
-    cascade = bool(getattr(model, 'stages', ()))
+    cascade = bool(model.stages)
     require(
       not (cascade and (files or self.tiling != 'none')),
       'a cascade draws from prompts alone; leave pictures and --tiling out.',

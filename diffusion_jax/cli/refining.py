@@ -84,7 +84,7 @@ class Refiner:
     """Yield images, uint8 [b h w 3], of what `latents` leaves; its weights come after that."""
     import numpy as np
 
-    from diffusion_jax.pipelines.image_conditioners import Inputs
+    from diffusion_jax.pipelines.inputs import Inputs
 
     inputs = Inputs(latents=np.concatenate(list(latents())))
     weights = {role: part.load(mesh=mesh) for role, part in self.parts.items()}

@@ -150,7 +150,7 @@ class PictureOptions:
   def check_numbers(self, model, steps: int) -> None:
     """Raise UserError for a number without its picture, and a strength that leaves no step."""
     given = {needed for needed in NEEDED.values() if getattr(self, needed)}
-    if getattr(model, 'stages', ()):  # Which enlarge what the base of a cascade draws.
+    if model.stages:  # Which enlarge what the base of a cascade draws.
       given.add('small')
     for name, needed in NEEDED.items():
       if getattr(self, name) is not None and needed not in given:
@@ -164,7 +164,7 @@ class PictureOptions:
   def read(self, model, config, height: int, width: int, edit: EditOptions) -> tuple:
     """(`Inputs`, metadata) of the given pictures, for images of that size; or UserError."""
     from diffusion_jax.data.pictures import read_pictures
-    from diffusion_jax.pipelines.image_conditioners import Inputs
+    from diffusion_jax.pipelines.inputs import Inputs
 
     if not model.takes_pictures:
       return Inputs(), {}

@@ -26,7 +26,7 @@ STRETCHED = 1.05
 
 
 class Pictures(NamedTuple):
-  """arrays: arguments of `pipelines.image_conditioners.Inputs`; notes: sentences for people."""
+  """arrays: arguments of `pipelines.inputs.Inputs`; notes: sentences for people."""
 
   arrays: dict[str, np.ndarray]
   notes: list[str]

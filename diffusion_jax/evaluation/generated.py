@@ -40,7 +40,7 @@ from diffusion_jax.evaluation.report import clip_checks, enlarged
 from diffusion_jax.parallel.mesh import put_params, to_host
 from diffusion_jax.parallel.processes import agree
 from diffusion_jax.pipelines.generator import Generator
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.sizes import Shape
 from diffusion_jax.types import Record, Source, Weights

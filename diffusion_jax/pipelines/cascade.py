@@ -24,7 +24,7 @@ from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.limits import EdgeRule
 from diffusion_jax.models.network import Network
 from diffusion_jax.pipelines.generator import CLASS, read_generator
-from diffusion_jax.pipelines.image_conditioners import OPTIONS, Inputs
+from diffusion_jax.pipelines.inputs import OPTIONS, Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pixels import to_uint8

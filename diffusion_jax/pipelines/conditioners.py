@@ -33,7 +33,7 @@ Spec = tuple[tuple[int, ...], type]
 
 
 class Request(NamedTuple):
-  """What is sampled: prompts, one negative prompt, `image_conditioners.Inputs`, the size, the
+  """What is sampled: prompts, one negative prompt, `inputs.Inputs`, the size, the
   guidance that a distilled denoiser imitates, None for the model's own, the prompts' syntax, and
   the sizes that it is conditioned on."""
 
@@ -70,7 +70,7 @@ class Conditioner(abc.ABC):
   """True if `of_batch` needs its key."""
   strength: ClassVar[float | None] = None
   """Fraction of the steps that starting from an image takes if nothing is said, in place of
-  `image_conditioners.STRENGTH`."""
+  `inputs.STRENGTH`."""
   usual: ClassVar[bool] = False
   """True if `of_size` is its condition where a batch has none of `fields`."""
   channels: ClassVar[int] = 0

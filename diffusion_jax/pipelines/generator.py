@@ -35,7 +35,9 @@ class Generator(abc.ABC):
   likelihood: ClassVar[str] = ''
   """The row of `registry.EVALUATORS` that measures its likelihood, if one does."""
   takes_pictures: ClassVar[bool] = False
-  """True if it may be conditioned on pictures, see `image_conditioners.Inputs`."""
+  """True if it may be conditioned on pictures, see `inputs.Inputs`."""
+  stages: Sequence[Any] = ()
+  """Models that enlarge what it draws, as it is drawn."""
   numbers: bool = False
   """True if what it draws is kept as numbers, too."""
   text: Any = None

@@ -8,7 +8,6 @@ program for each shape.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -32,11 +31,10 @@ from diffusion_jax.diffusion.projection import Projection, projected
 from diffusion_jax.diffusion.samplers import initial_noise, sampler
 from diffusion_jax.diffusion.samplers.resampling import resampled
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import EdgeRule, check_seed
+from diffusion_jax.limits import check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import in_batches, whole_batch
 from diffusion_jax.pipelines import between
-from diffusion_jax.pipelines.bins import nearest_bin
 from diffusion_jax.pipelines.conditioners import (
   Arrays,
   Conditioner,
@@ -50,10 +48,12 @@ from diffusion_jax.pipelines.distilled import (
 )
 from diffusion_jax.pipelines.generator import Generator
 from diffusion_jax.pipelines.guides import check_guides, scores_of
-from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing, Inputs
+from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing
+from diffusion_jax.pipelines.image_sizes import ImageSizes
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.known import PAINTED, free_places, pasted, projection
 from diffusion_jax.pipelines.options import AS_DRAWN, PLAIN, Sizing
-from diffusion_jax.pipelines.rules import check_imitation, checked_noise, edge_rule, output_channels
+from diffusion_jax.pipelines.rules import check_imitation, checked_noise, output_channels
 from diffusion_jax.pipelines.sampling import (
   LATENTS,
   NO_SCORES,
@@ -65,7 +65,7 @@ from diffusion_jax.pipelines.sampling import (
 from diffusion_jax.pipelines.size_conditions import check_sizing
 from diffusion_jax.pipelines.spaces import Space
 from diffusion_jax.pipelines.text_conditioners import TextEncoders
-from diffusion_jax.pixels import size_like, to_float
+from diffusion_jax.pixels import to_float
 from diffusion_jax.types import Condition, Images, Latents, Weights
 
 DENOISER, WORSE = 'denoiser', 'worse'
@@ -73,7 +73,7 @@ DENOISER, WORSE = 'denoiser', 'worse'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Diffusion(Generator):
+class Diffusion(ImageSizes, Generator):
   """A generative model without its weights; `conditioners` are by name, in a fixed order.
 
   worse: another denoiser of the same x, t and condition, which autoguidance leads away from.
@@ -117,74 +117,6 @@ class Diffusion(Generator):
 
   def drawn(self, batch: np.ndarray) -> np.ndarray:
     return self.space.drawn(batch)
-
-  @property
-  def trained_size(self) -> tuple[int, int]:
-    """(height, width) in pixels of the images of its training, the least where none is known."""
-    if self.size is not None:
-      return self.size
-    size = getattr(self.denoiser.config, 'sample_size', None) or 1
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return height * self.space.factor, width * self.space.factor
-
-  @property
-  def written_config(self) -> Any:
-    """The denoiser's config with the size of the training images, where it can say that."""
-    config = self.denoiser.config
-    if self.size is None or not hasattr(config, 'trained_at'):
-      return config
-    return config.trained_at(*self.space.shape(*self.size)[:2])
-
-  @property
-  def edges(self) -> EdgeRule:
-    """What heights and widths of images, in pixels, every network can take."""
-    networks = (self.denoiser, self.worse) if self.worse else (self.denoiser,)
-    return edge_rule(self.space.factor, *(network.config for network in networks))
-
-  @property
-  def multiple(self) -> int:
-    """Pixels that height and width of images are multiples of."""
-    return self.edges.multiple
-
-  def size_of(self, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return (height, width), those that are not given as in training.
-
-    Raises:
-      UserError: one that the model cannot take, with the nearest that it can.
-    """
-    size, rule = (height or self.trained_size[0], width or self.trained_size[1]), self.edges
-    if (height or width) and not rule.fits(*size):
-      near = 'x'.join(map(str, rule.near(*size)))
-      raise UserError(
-        f'the size {size[0]}x{size[1]} cannot be halved as the model does: height and width must '
-        f'be {rule}; the nearest such size is {near}.'
-      )
-    return size
-
-  def drawn_size(
-    self, height: int | None, width: int | None, binning: str = 'none'
-  ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (the size to draw at, the size to cut out of that), as `binning` says.
-
-    Raises:
-      UserError: see `size_of`; with bins any size can be cut out.
-    """
-    size = height or self.trained_size[0], width or self.trained_size[1]
-    if binning == 'none' or self.space.name != 'latents':
-      return (self.size_of(height, width),) * 2
-    drawn = nearest_bin(*size, getattr(self.denoiser.config, 'sample_size', None))
-    return self.size_of(*drawn), size
-
-  def size_like(self, height: int, width: int) -> tuple[int, int]:
-    """Return the (height, width) that the model draws for a picture of that size: of its aspect,
-    and about the area of the training images."""
-    rule = self.edges
-    return size_like(height, width, math.prod(self.trained_size), rule.multiple, rule.most)
-
-  def tokens(self, height: int, width: int) -> int:
-    """Return how many patches the denoiser reads of an image of height x width pixels."""
-    patch = getattr(self.denoiser.config, 'patch_size', 1)
-    return math.prod(self.space.shape(height, width)[:-1]) // patch**2
 
   def inputs(self, height: int, width: int) -> dict[str, Spec]:
     """Return the fields of `Inputs` that it must be given for images of height x width pixels."""
@@ -417,44 +349,50 @@ class Diffusion(Generator):
     """
     self.check_sampling(config, negative)
     check_seed(seed)
-    inputs, n = inputs or Inputs(), len(prompts)
+    inputs, count = inputs or Inputs(), len(prompts)
     binning = config.binning if inputs.empty else 'none'
     (height, width), shown = self.drawn_size(height, width, binning)
     shape = self.space.shape(height, width)
     inputs.check(self, config, height, width)
-    rows_of = lambda prompts: self.rows(
-      prompts, negative, inputs, height, width, config.distilled_guidance, config.prompt_syntax,
-      config.sizing,
+    given, says = self._given(
+      prompts, toward, negative=negative, inputs=inputs, height=height, width=width,
+      guidance=config.distilled_guidance, syntax=config.prompt_syntax, sizing=config.sizing,
     )
-    given = rows_of(prompts)
-    ends = [given] if toward is None else [given, rows_of(toward[0])]
-    given = given if toward is None else given | between.way(*ends, toward[1])
     if noise is not None:
-      given['x'] = checked_noise(noise, (n, *shape))
-    if not config.clip_skip and all(
-      c.same(rows) for c in self.conditioners.values() for rows in ends
-    ):
+      given['x'] = checked_noise(noise, (count, *shape))
+    if not says and not config.clip_skip:
       config = dataclasses.replace(config, guidance=1.0)
     numbers = config.numbers(self.noise, inputs.fraction(self), self.tokens(height, width))
-    size = whole_batch(batch_size, mesh)
     cut = None if shown == (height, width) else shown
     program = config.program._replace(cut=cut, low_pass=inputs.low_pass)
     program = program._replace(decoding=LATENTS) if latents else program
+    size = whole_batch(batch_size, mesh)
     lengths = (part.shape for part in jax.tree.leaves(numbers))
     self.programs.add((height, width, size, program, *lengths, *given))
-    names = tuple(dict.fromkeys(('x', 'keys', *given)))
-    sample = lambda weights, *columns: self._sample(
-      weights, dict(zip(names, columns, strict=True)), program, numbers
-    )
-    for start in range(0, n, size):
-      rows = {name: column[start : start + size] for name, column in given.items()}
-      x, keys = initial_noise(seed, first + start, min(size, n), shape)
-      count = min(size, n - start)
+    for start in range(0, count, size):
+      x, keys = initial_noise(seed, first + start, min(size, count), shape)
       own = {'x': np.asarray(x), 'keys': np.asarray(jax.random.key_data(keys))}
-      rows = {name: column[:count] for name, column in own.items()} | rows
-      yield from in_batches(
-        sample, weights, *(rows[name] for name in names), mesh=mesh, batch_size=size
-      )
+      rows = {name: column[: min(size, count - start)] for name, column in own.items()}
+      rows |= {name: column[start : start + size] for name, column in given.items()}
+      yield from self._batch(weights, rows, program, numbers, mesh, size)
+
+  def _given(
+    self, prompts: Sequence[str], toward: tuple[Sequence[str], np.ndarray] | None, **how: Any
+  ) -> tuple[dict[str, np.ndarray], bool]:
+    """Return (`rows` of what is asked for, whether any of it differs from no condition)."""
+    ends = [self.rows(asked, **how) for asked in (prompts, *([] if toward is None else toward[:1]))]
+    says = not all(c.same(rows) for c in self.conditioners.values() for rows in ends)
+    return ends[0] | ({} if toward is None else between.way(*ends, toward[1])), says
+
+  def _batch(
+    self, weights: Weights, rows: dict[str, np.ndarray], program: Program, numbers: Numbers,
+    mesh: Mesh, size: int,
+  ) -> Iterator[np.ndarray]:
+    """Yield what is drawn of rows [n ...] of one batch, of `size` images at most."""
+    draw = lambda weights, *columns: self._sample(
+      weights, dict(zip(rows, columns, strict=True)), program, numbers
+    )
+    yield from in_batches(draw, weights, *rows.values(), mesh=mesh, batch_size=size)
 
   def check_config(self, config: SampleConfig) -> None:
     config.check(self.noise, self.parameterization)

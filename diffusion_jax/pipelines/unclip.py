@@ -20,7 +20,8 @@ from diffusion_jax.formats.tensors import read_json, write_json
 from diffusion_jax.models.network import prefixed, under
 from diffusion_jax.pipelines.directory import read_model
 from diffusion_jax.pipelines.generator import CLASS, OfOneSize, read_generator
-from diffusion_jax.pipelines.image_conditioners import ImageEncoder, Inputs
+from diffusion_jax.pipelines.image_conditioners import ImageEncoder
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.token_prior import TokenPrior

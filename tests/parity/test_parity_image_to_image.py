@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import load_model
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from tests.parity import small_pipelines as small
 
 PROMPTS, NEGATIVE, STEPS = ['cab ab', 'b a c d'], 'a', 5

@@ -17,7 +17,7 @@ from diffusion_jax.formats.textual_inversion import FILES, TextualInversion, wri
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.adapters import add_lora, add_textual_inversion
 from diffusion_jax.pipelines.directory import load_model, sample_config
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.text_conditioners import EXTRA
 from tests.parity import small_pipelines as small
 

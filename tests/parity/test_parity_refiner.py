@@ -16,7 +16,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.convert import convert
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import load_model
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from tests.parity import small_pipelines as small
 from tests.parity.test_parity_pipelines import (
   IMAGES,

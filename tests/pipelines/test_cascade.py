@@ -16,7 +16,7 @@ from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.cascade import Cascade, Stage
 from diffusion_jax.pipelines.directory import save_model
 from diffusion_jax.pipelines.generator import read_generator
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pixels import to_uint8

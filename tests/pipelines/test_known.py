@@ -14,7 +14,7 @@ from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.known import (
   enlarged,
   free_places,

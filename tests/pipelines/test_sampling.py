@@ -20,7 +20,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.formats.scheduler import read_scheduler
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.directory import sample_config
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import BUCKETS, SampleConfig
 from diffusion_jax.pixels import to_uint8
 from diffusion_jax.types import Condition

@@ -21,7 +21,7 @@ from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model, save_model
 from diffusion_jax.pipelines.generator import read_generator
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pipelines.unclip import UnCLIP, interpolated

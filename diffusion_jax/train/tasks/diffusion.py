@@ -35,7 +35,7 @@ from diffusion_jax.parallel.layout import constrain
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Arrays, Conditioner, Guided
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.model import DENOISER, Diffusion, joined
 from diffusion_jax.pipelines.rules import edge_rule
 from diffusion_jax.pipelines.spaces import Moments

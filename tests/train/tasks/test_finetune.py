@@ -17,7 +17,7 @@ from diffusion_jax.checkpoint.checkpoints import Checkpoints
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, shard_params, to_host
 from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_textual_inversion
 from diffusion_jax.pipelines.directory import load_model
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.recipe import load_config
 from diffusion_jax.train.tasks import finetune
 from diffusion_jax.train.tasks.diffusion import DiffusionTask
