@@ -260,7 +260,7 @@ def run(args: argparse.Namespace) -> int:
   return sample(*parts, {k: v for cls in sampling for k, v in given(cls, args).items()})
 
 
-def _check(
+def check_options(
   model, config, pictures: PictureOptions, edit: EditOptions, inverting: InvertOptions, fits
 ) -> None:
   """Raise UserError for options that do not fit a model, before its weights are read."""
@@ -272,6 +272,31 @@ def _check(
   if model.takes_pictures:
     pictures.check_numbers(model, config.steps)
     edit.check_model(model, pictures.files(), config.resample, *size)
+
+
+def checked_inputs(model, config, prompts: Sequence[str], negative: str, drawn, read) -> tuple:
+  """Return what `read()` does, (`Inputs`, metadata), of prompts and settings that the model takes.
+
+  drawn: (height, width) in pixels. UserError for others.
+  """
+  model.check_sampling(config, negative)
+  if model.text is not None:
+    model.check_prompts([*prompts, negative], config.prompt_syntax)
+  inputs, metadata = read()
+  if model.text is None:  # Prompts name classes, or nothing but the files.
+    model.rows(prompts, negative, inputs, *drawn)
+  return inputs, metadata
+
+
+def metadata_of(
+  config, negative: str, parts: Iterable[Mapping[str, str]], seed: int, model: str
+) -> dict[str, str]:
+  """Return what a picture's file says besides its prompt; parts: of pictures, adapters and more."""
+  more = {name: value for part in parts for name, value in part.items()}
+  return {
+    'negative': negative, **config.in_force(), **more, 'seed': str(seed), 'model': model,
+    'software': f'diffusion_jax {__version__}',
+  }
 
 
 def sample(
@@ -290,26 +315,21 @@ def sample(
   enable_compile_cache()
   out, mesh = prompt.folder(), make_mesh(MeshConfig())
   fits = lambda model, config: pictures.sizes(model, prompt.size, config.binning, edit)
-  check = lambda model, config: _check(model, config, pictures, edit, inverting, fits)
+  check = lambda *found: check_options(*found, pictures, edit, inverting, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
   config = inverting.settings(config, values)
   model, weights = adapters.apply(model, weights, getattr(config, 'clip_guidance', 0.0))
   model = tiled(model, edit.tiling)
-  model.check_sampling(config, prompt.negative)
-  if model.text is not None:
-    model.check_prompts([*prompts, prompt.negative], config.prompt_syntax)
   drawn, (height, width) = fits(model, config)
-  inputs, started = (
-    (None, pictures.files()) if inverting.wanted else pictures.read(model, config, *drawn, edit)
+  inputs, started = checked_inputs(
+    model, config, prompts, prompt.negative, drawn,
+    lambda: (None, pictures.files()) if inverting.wanted
+    else pictures.read(model, config, *drawn, edit),
   )
-  if model.text is None:  # Prompts name classes, or nothing but the files.
-    model.rows(prompts, prompt.negative, inputs, *drawn)
-  settings = {
-    'negative': prompt.negative, **config.in_force(), **started, **edit.named(),
-    **adapters.named(), **refining.named(refiner), **inverting.named(),
-    'seed': str(draw.seed), 'model': name, 'software': f'diffusion_jax {__version__}',
-  }
+  parts = (started, *(part.named() for part in (edit, adapters)), refining.named(refiner),
+           inverting.named())
+  settings = metadata_of(config, prompt.negative, parts, draw.seed, name)
   how = dict(
     seed=draw.seed, mesh=mesh, negative=prompt.negative, height=height, width=width,
     batch_size=min(draw.batch, inverting.interpolate or len(prompts)),

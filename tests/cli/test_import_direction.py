@@ -1,4 +1,4 @@
-"""cli -> run -> build -> train, evaluation, pipelines ->
+"""cli, what a notebook or a page asks for -> run -> build -> train, evaluation, pipelines ->
 formats, data, viz -> diffusion, models -> backend, parallel.
 """
 
@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__'), ('run',), ('build',),
+  ('cli', '__main__', 'session', 'notebook'), ('run',), ('build',),
   ('train', 'evaluation', 'pipelines', 'viz'),
   ('formats', 'data', 'checkpoint', 'runs'), ('diffusion', 'models'),
   ('backend', 'parallel'),
