@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from diffusion_jax.types import Params, Scores
+from diffusion_jax.pipelines.model import DENOISER
+from diffusion_jax.types import Params, Scores, Weights
 
 SAMPLE, EVALUATE = 'sample', 'evaluate'
 TEST = 'test'
@@ -120,6 +121,15 @@ def named(columns: Mapping[str, Mapping[str, float]]) -> Iterator[tuple[str, flo
   for column, values in columns.items():
     for metric, value in values.items():
       yield f'{column}.{metric}', value
+
+
+def with_untrained(
+  model: Any, weights: Weights, wanted: bool = True
+) -> Iterator[tuple[str, Weights]]:
+  """Yield (column, weights) of a model and, if wanted, of the same denoiser untrained."""
+  yield 'generated', weights
+  if wanted:
+    yield 'untrained', {DENOISER: jax.jit(model.denoiser.initialize)(jax.random.key(1))}
 
 
 def seed_of(key: jax.Array) -> int:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from diffusion_jax.evaluation.evaluator import (
@@ -19,11 +19,12 @@ from diffusion_jax.evaluation.evaluator import (
   Value,
   named,
   seed_of,
+  with_untrained,
 )
+from diffusion_jax.evaluation.figures import bare, drawn
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import heartbeat
-from diffusion_jax.pipelines.model import DENOISER
 from diffusion_jax.types import Weights
 
 PREVIEW_POINTS = 1024
@@ -86,10 +87,7 @@ class Points(Cached):
   when = EVALUATE
 
   def run(self, model, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
-    columns = {'generated': params}
-    if self.baselines:
-      columns['untrained'] = {DENOISER: jax.jit(model.denoiser.initialize)(jax.random.key(1))}
-    for name, weights in columns.items():
+    for name, weights in with_untrained(model, params, self.baselines):
       yield from named({name: self._scores(model, weights, seed_of(key) + 1)})
     if self.baselines:
       half = len(self.data) // 2
@@ -117,7 +115,7 @@ def scatter_image(
   axes.plot(*np.asarray(reference).T, 'o', markersize=2.2, markeredgewidth=0, color='0.8')
   axes.plot(*np.asarray(points).T, 'o', markersize=1.6, markeredgewidth=0, color=_SAMPLES,
             alpha=0.8)
-  return _pixels(figure)
+  return drawn(figure)
 
 
 def field_image(
@@ -138,19 +136,11 @@ def field_image(
   arrows = vectors * (spacing / np.maximum(lengths, max(longest, 1e-30)))[..., None]
   axes.quiver(*lattice[finite].T, *arrows[finite].T, angles='xy', scale_units='xy', scale=1,
               pivot='mid', color='0.15', width=0.004)
-  return _pixels(figure)
+  return drawn(figure)
 
 
-def _axes(extent: float):
-  figure = Figure(figsize=(PIXELS / 100, PIXELS / 100), dpi=100)
-  FigureCanvasAgg(figure)
-  axes = figure.add_axes((0, 0, 1, 1))
-  axes.set_axis_off()
+def _axes(extent: float) -> tuple[Figure, Axes]:
+  figure, axes = bare(PIXELS)
   axes.set_xlim(-extent, extent)
   axes.set_ylim(-extent, extent)
   return figure, axes
-
-
-def _pixels(figure: Figure) -> Image:
-  figure.canvas.draw()
-  return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from diffusion_jax.data.sources.sequences import Sequences, periodogram
+from diffusion_jax.evaluation import figures
 from diffusion_jax.evaluation.evaluator import (
   EVALUATE,
   SAMPLE,
@@ -19,9 +18,9 @@ from diffusion_jax.evaluation.evaluator import (
   Value,
   named,
   seed_of,
+  with_untrained,
 )
 from diffusion_jax.evaluation.metrics.kernel import energy_distance
-from diffusion_jax.pipelines.model import DENOISER
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.sequences import CANVAS
 from diffusion_jax.types import Weights
@@ -95,11 +94,8 @@ class SequencesScores(_OfSequences):
   when = EVALUATE
 
   def run(self, model, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
-    columns = {'generated': params}
-    if self.baselines:
-      columns['untrained'] = {DENOISER: jax.jit(model.denoiser.initialize)(jax.random.key(1))}
     count = min(self.samples, len(self.test))
-    for name, weights in columns.items():
+    for name, weights in with_untrained(model, params, self.baselines):
       drawn = self.draw(model, weights, count, seed_of(key) + 1)
       yield from named({name: self._scores(drawn)})
     if self.baselines:
@@ -116,11 +112,7 @@ class SequencesScores(_OfSequences):
 
 def spectra_image(drawn: Float[np.ndarray, 'f c'], known: Float[np.ndarray, 'f c']) -> np.ndarray:
   """Draw the power of each frequency in decibels, uint8 [CANVAS CANVAS 3]."""
-  figure = Figure(figsize=(CANVAS / 100, CANVAS / 100), dpi=100)
-  canvas = FigureCanvasAgg(figure)
-  axes = figure.add_axes((0, 0, 1, 1))
-  axes.set_axis_off()
+  figure, axes = figures.bare(CANVAS)
   axes.plot(decibels(known, known), color='0.65', linewidth=2.5)
   axes.plot(decibels(drawn, known), color='#2A8FD0', linewidth=1)
-  canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+  return figures.drawn(figure)

@@ -6,17 +6,21 @@ the config.json of one network alone.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX, inside
 from diffusion_jax.formats.networks import CONFIG, Part, resolve
 from diffusion_jax.formats.tensors import read_json
+from diffusion_jax.limits import check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params
 from diffusion_jax.pixels import to_uint8
@@ -93,6 +97,9 @@ class NumbersOnly:
 class OfOneSize(Generator):
   """A model that draws at the size of its training alone, of prompts and nothing else."""
 
+  Sample: ClassVar[type]
+  """The dataclass of its settings of sampling."""
+
   def drawn_size(
     self, height: int | None, width: int | None, binning: str = ''
   ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -109,6 +116,9 @@ class OfOneSize(Generator):
     """As `Diffusion.size_like`."""
     return self.trained_size
 
+  def check_config(self, config: Any) -> None:
+    typed(self.Sample, dataclasses.asdict(config), '')
+
   def check_sampling(self, config: Any, negative: str = '') -> None:
     """Raise UserError for what the model cannot sample."""
     self.check_config(config)
@@ -118,6 +128,18 @@ class OfOneSize(Generator):
   def check_prompts(self, prompts: Sequence[str], syntax: str = '') -> None:
     """Raise UserError for a prompt that does not fit the model."""
     self.rows(prompts)
+
+  def keys(
+    self, config: Any, count: int, *, seed: int, first: int, negative: str, height: int | None,
+    width: int | None,
+  ) -> np.ndarray:
+    """Return the data of the keys [count ...] of images first + i, after all that may be wrong with
+    the arguments of `sample`."""
+    self.check_sampling(config, negative)
+    self.drawn_size(height, width)
+    check_seed(seed)
+    fold = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    return np.asarray(jax.random.key_data(jax.vmap(fold)(first + np.arange(count))))
 
   @abc.abstractmethod
   def rows(self, prompts: Sequence[str], *_: Any, **__: Any) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """DALL-E (Ramesh et al. 2021) as a model: a caption's tokens, then an image's, then the picture.
 
 A directory has the transformer, the autoencoder whose codes are its tokens, and CLIP, whose
-vocabulary it reads and which chooses among several pictures of a caption (section 2.3).
+vocabulary it reads and which chooses among several pictures of a caption (section 2.6).
 """
 
 import dataclasses
@@ -23,12 +23,11 @@ from diffusion_jax.formats.clip import pixel_statistics
 from diffusion_jax.formats.networks import Part, read_part, resolve, save_params
 from diffusion_jax.formats.pipeline import keep_folder, own_path
 from diffusion_jax.formats.tensors import read_json, write_json
-from diffusion_jax.limits import check_seed
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import unit
 from diffusion_jax.models.text.tokenizer import Tokenize, load_tokenizer
 from diffusion_jax.models.token_transformer import Filter, sample_tokens
-from diffusion_jax.parallel.mesh import in_batches, whole_batch
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.generator import CLASS, NumbersOnly, OfOneSize
 from diffusion_jax.pipelines.options import FINITE, TokenOptions
 from diffusion_jax.types import Images, Params, Weights
@@ -62,6 +61,7 @@ class ImageTokens(OfOneSize):
   tokenize: Tokenize
   mean: Sequence[float] = (0.5,) * 3
   std: Sequence[float] = (0.5,) * 3
+  Sample: ClassVar = TokenSampleConfig
   drawn_by: ClassVar = TRANSFORMER
 
   @property
@@ -76,9 +76,6 @@ class ImageTokens(OfOneSize):
   def trained_size(self) -> tuple[int, int]:
     config, factor = self.transformer.config, self.autoencoder.config.factor
     return config.rows * factor, config.columns * factor
-
-  def check_config(self, config: TokenSampleConfig) -> None:
-    typed(TokenSampleConfig, dataclasses.asdict(config), '')
 
   def check_prompts(self, prompts, syntax=''):
     dataclasses.replace(self.tokenize, on_long='error').batch(prompts)
@@ -141,13 +138,11 @@ class ImageTokens(OfOneSize):
 
     Image i depends on the seed, its number first + i and its prompt alone.
     """
-    self.check_sampling(config, negative)
-    self.drawn_size(height, width)
-    check_seed(seed)
-    text, size = self.rows(prompts)['text'], whole_batch(batch_size, mesh)
+    keys = self.keys(
+      config, len(prompts), seed=seed, first=first, negative=negative, height=height, width=width
+    )
+    text = self.rows(prompts)['text']
     null = np.broadcast_to(self.tokenize(''), text.shape)
-    number = first + np.arange(len(text))
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(number)
     keep = Filter(
       np.float32(config.temperature), np.int32(config.top_k), np.float32(config.top_p)
     )
@@ -157,8 +152,7 @@ class ImageTokens(OfOneSize):
       rows = {'text': text, 'null': null, 'keys': keys}
       return self._sample(weights, rows, config.guidance != 1, config.candidates, numbers)
 
-    keys = np.asarray(jax.random.key_data(keys))
-    yield from in_batches(draw, weights, text, null, keys, mesh=mesh, batch_size=size)
+    yield from in_batches(draw, weights, text, null, keys, mesh=mesh, batch_size=batch_size)
 
 
 def make(

@@ -104,7 +104,7 @@ class Numbers(NamedTuple):
   autoguidance: jax.Array
   from_noise: jax.Array
   stretches: Grid | None = None
-  guides: dict[str, tuple[jax.Array, jax.Array]] = {}  # noqa: RUF012
+  guides: dict[str, tuple[jax.Array, jax.Array]] = {}  # noqa: RUF012 - A tree of jax.
 
 
 class Program(NamedTuple):

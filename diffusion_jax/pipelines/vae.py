@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffusion_jax.backend import xla
-from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import CONFIG, Part, read_part, resolve
-from diffusion_jax.limits import Range, check_seed
+from diffusion_jax.limits import Range
 from diffusion_jax.models.network import Network
-from diffusion_jax.parallel.mesh import in_batches, whole_batch
+from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.generator import NumbersOnly, OfOneSize
 from diffusion_jax.pipelines.spaces import AUTOENCODER
 from diffusion_jax.types import Images, Weights
@@ -38,6 +37,7 @@ class VAE(OfOneSize):
 
   autoencoder: Network
   size: tuple[int, int]
+  Sample: ClassVar = VAESampleConfig
   drawn_by: ClassVar = AUTOENCODER
   likelihood: ClassVar = 'elbo'
 
@@ -54,9 +54,6 @@ class VAE(OfOneSize):
     """The shape of one z."""
     config = self.autoencoder.config
     return *(edge // config.factor for edge in self.size), config.latent_channels
-
-  def check_config(self, config: VAESampleConfig) -> None:
-    typed(VAESampleConfig, dataclasses.asdict(config), '')
 
   def prompt(self, record):
     return ''
@@ -80,14 +77,11 @@ class VAE(OfOneSize):
 
     Image i depends on the seed and its number first + i alone.
     """
-    self.check_sampling(config, negative)
-    self.drawn_size(height, width)
-    check_seed(seed)
-    number = first + np.arange(len(prompts))
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(number)
+    keys = self.keys(
+      config, len(prompts), seed=seed, first=first, negative=negative, height=height, width=width
+    )
     draw = lambda weights, keys: self._sample(weights, keys, np.float32(config.temperature))
-    keys, size = np.asarray(jax.random.key_data(keys)), whole_batch(batch_size, mesh)
-    yield from in_batches(draw, weights, keys, mesh=mesh, batch_size=size)
+    yield from in_batches(draw, weights, keys, mesh=mesh, batch_size=batch_size)
 
 
 def read(path: str, dtype=jnp.float32) -> tuple[VAE, dict[str, Part], VAESampleConfig]:

@@ -120,7 +120,7 @@ def _forward(kind, chunk, images, texts, scale, bias):
 
     start = jnp.full(len(images), sums.start, images.dtype)
     home = start, jnp.full_like(start, -math.inf), jnp.zeros(len(images), jnp.int32)
-    (rows, _, nearest), (_, columns) = _round(visit, home, (texts, start), axes, chunk)
+    (rows, _, nearest), (_, columns) = _around(visit, home, (texts, start), axes, chunk)
     return rows, columns, nearest
 
   out = _on_ring(local, axes, 2)(images, texts, scale, bias)
@@ -145,7 +145,7 @@ def _backward(kind, chunk, kept, cotangents):
       return home, (texts, columns, by_column, of_texts + slopes.T @ images)
 
     zero = jnp.zeros((), images.dtype)
-    (of_images, of_scale, of_bias), (*_, of_texts) = _round(
+    (of_images, of_scale, of_bias), (*_, of_texts) = _around(
       visit, (jnp.zeros_like(images), zero, zero),
       (texts, columns, by_column, jnp.zeros_like(texts)), axes, chunk,
     )
@@ -166,7 +166,7 @@ Visit = Callable[[Tree, Tree, jax.Array], tuple[Tree, Tree]]
 """(what stays, a chunk of the guests, the number of the first of them) -> both afterwards."""
 
 
-def _round(
+def _around(
   visit: Visit, home: Tree, guests: Tree, axes: Sequence[str], chunk: int
 ) -> tuple[Tree, Tree]:
   """Let the guests [n ...] of each device visit all devices, and come home."""

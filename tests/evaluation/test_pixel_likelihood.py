@@ -42,16 +42,16 @@ def model():
 
 
 @pytest.fixture(scope='module')
-def test_split():
+def pictures():
   images = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
   return [{'image': image, 'captions': [''], 'id': str(i)} for i, image in enumerate(images)]
 
 
 @pytest.fixture(scope='module')
-def evaluator(test_split):
+def evaluator(pictures):
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   return PixelLikelihood(
-    train=test_split, test=test_split, mesh=mesh, images=COUNT, batch_size=2, draws=4,
+    train=pictures, test=pictures, mesh=mesh, images=COUNT, batch_size=2, draws=4,
     solver='heun', ode_steps=2,
   )
 
@@ -61,8 +61,8 @@ def scores(model, evaluator):
   return scores_of(evaluator.run(*model, jax.random.key(5)), first='model')
 
 
-def test_rows_are_the_means_of_direct_calls(scores, model, test_split, evaluator):
-  (made, weights), records = model, shuffled(test_split, COUNT)
+def test_rows_are_the_means_of_direct_calls(scores, model, pictures, evaluator):
+  (made, weights), records = model, shuffled(pictures, COUNT)
   x0 = jnp.asarray(np.stack([r['image'] for r in records]) / np.float32(127.5) - 1)
   key_noise, key_offset = jax.random.split(jax.random.key(5))
   keys = jax.random.wrap_key_data(image_keys(key_noise, COUNT))
@@ -107,7 +107,7 @@ def test_the_bound_has_three_terms_and_a_chart_by_timestep(scores, tmp_path):
   assert 'Bound by timestep' in text and 'bits per dimension of each step' in text
 
 
-def test_the_number_of_images_is_checked_first(model, test_split, evaluator):
-  many = PixelLikelihood(train=test_split, test=test_split, mesh=evaluator.mesh, images=6)
+def test_the_number_of_images_is_checked_first(model, pictures, evaluator):
+  many = PixelLikelihood(train=pictures, test=pictures, mesh=evaluator.mesh, images=6)
   with pytest.raises(UserError, match='6 samples cannot be scored; choose 2 to 5'):
     next(many.run(*model, jax.random.key(0)))

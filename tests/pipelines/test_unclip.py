@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pipelines.unclip import UnCLIP, interpolated
+from diffusion_jax.train.tasks.token_prior import _embeddings
 from tests import tiny
 
 SAMPLE = SampleConfig(sampler='ddim', steps=2, guidance=1.0)
@@ -172,3 +174,20 @@ def test_interpolation_is_along_the_arc():
   angles = np.degrees(np.arctan2(found[:, 1], found[:, 0]))
   np.testing.assert_allclose(angles, [0, 22.5, 45, 67.5, 90], atol=1e-4)
   np.testing.assert_allclose(interpolated(first, first, 3), np.stack([first] * 3), atol=1e-6)
+
+
+def test_pictures_are_embedded_few_at_a_time():
+  """All of a data set at once would not fit into memory."""
+  seen = []
+
+  class Mean:
+    def embed(self, weights, images):
+      seen.append(len(images))
+      return images.mean((1, 2))
+
+  records = [{'image': np.full((2, 2, 3), i, np.uint8)} for i in range(130)]
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  with jax.set_mesh(mesh):
+    found = _embeddings(Mean(), {}, types.SimpleNamespace(train=records, mesh=mesh))
+  assert set(seen) == {64}
+  np.testing.assert_allclose(found[:, 0], np.arange(130) / 127.5 - 1, atol=1e-6)

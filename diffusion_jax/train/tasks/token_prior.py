@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -30,6 +31,8 @@ TOKENS = 'embedding_tokens'
 """Folder of a workdir with what was measured on the embeddings of its pictures."""
 MEASURED_ON = 4096
 """Pictures at most whose embeddings are measured."""
+PIECE = 64
+"""Pictures that are embedded at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +89,14 @@ class EmbeddingTokensTask(ImageTokensTask):
 
 def _embeddings(model: TokenPrior, weights, env: Env) -> np.ndarray:
   """Return the embeddings of training pictures. UserError for fewer than two."""
-  images = []
-  for record in readable(env.train):
-    images.append(record['image'])
-    if len(images) == MEASURED_ON:
-      break
-  if len(images) < 2:
-    raise UserError('the embeddings of fewer than two pictures cannot be measured; give more.')
+  pictures = (record['image'] for record in itertools.islice(readable(env.train), MEASURED_ON))
   embed = jax.jit(lambda weights, x: model.embed(weights, to_float(x)))
-  return np.concatenate(list(in_batches(embed, weights, np.stack(images), mesh=env.mesh)))
+  found: list[np.ndarray] = []
+  while images := list(itertools.islice(pictures, PIECE)):  # So that few are in memory at a time.
+    found += in_batches(embed, weights, np.stack(images), mesh=env.mesh, batch_size=PIECE)
+  if sum(map(len, found)) < 2:
+    raise UserError('the embeddings of fewer than two pictures cannot be measured; give more.')
+  return np.concatenate(found)
 
 
 class TokenPriorTask(PriorTask):
