@@ -7,7 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from diffusion_jax.cli.options import DrawOptions, ModelOptions, add_options, given, read_options
+from diffusion_jax.cli.options import (
+  DrawOptions,
+  GuideOptions,
+  ModelOptions,
+  add_options,
+  given,
+  read_options,
+)
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.options import (
   CaptionOptions,
@@ -67,13 +74,16 @@ example:
   python -m diffusion_jax evaluate likelihood --samples 64 --out likelihood.json"""
 
 SWEEP = """Scores every combination of values of guidance, steps, sampler, spacing,
-guidance_rescale, guidance_kind, guidance_interval, perturbed_attention, image_guidance, clip_skip,
-eta, ema_halflife_images, and real test images; several sweeps with `or` between them on one page.
+guidance_rescale, guidance_kind, guidance_interval, perturbed_attention, autoguidance (with
+--worse), clip_guidance, classifier_guidance (with --classifier; both also NAME_every),
+image_guidance, clip_skip, eta, ema_halflife_images, and real test images; several sweeps with `or`
+between them on one page.
 
 examples:
   python -m diffusion_jax evaluate sweep guidance=1,2,4 steps=6,12 --out sweep.json
   python -m diffusion_jax evaluate sweep guidance=2,4 or guidance=2,4 guidance_interval=0.2:5 \
-    or guidance=1 perturbed_attention=1,2 --out guidance.json"""
+    or guidance=1 perturbed_attention=1,2 or autoguidance=1.5,2 --worse runs/small/model \
+    --out guidance.json"""
 
 STEPS = """Draws the same noise and captions by more and more steps, of a deterministic sampler and
 of an ancestral one, and shows how much pictures still change: the first settles, the second does
@@ -106,7 +116,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelEvaluation(
-  Output, CaptionOptions, CompareOptions, DataOptions, DrawOptions, ModelOptions
+  Output, CaptionOptions, CompareOptions, DataOptions, DrawOptions, ModelOptions, GuideOptions
 ):
   """A model on captions."""
 
@@ -185,7 +195,7 @@ class LikelihoodEvaluation(Output, DataOptions, DrawOptions, ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepsEvaluation(Output, DataOptions, DrawOptions, ModelOptions):
+class StepsEvaluation(Output, DataOptions, DrawOptions, ModelOptions, GuideOptions):
   """A model by several samplers, in several numbers of steps."""
 
   samples: Annotated[int | None, Help('captions of the test split (default: 8)', 'N')] = 8

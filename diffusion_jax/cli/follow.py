@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints
-from diffusion_jax.cli.scoring import Subject, all_are_here, open_subject, score
+from diffusion_jax.cli.scoring import all_are_here, open_subject, score
+from diffusion_jax.cli.subject import Subject
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.comparison import Comparison
 from diffusion_jax.evaluation.report import settings_of, write

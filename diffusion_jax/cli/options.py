@@ -5,7 +5,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from diffusion_jax.config import typed
@@ -48,10 +48,63 @@ class ModelOptions:
       raise UserError('--ema_halflife_images needs --workdir: a model alone has one average.')
 
 
-@dataclasses.dataclass(frozen=True)
-class AdapterOptions:
-  """Adapters that others have trained for a model."""
+def _check_diffusion(model, given: Sequence[str]) -> None:
+  """Raise UserError for options that a model of another kind does not have."""
+  if given and not hasattr(model, 'conditioners'):
+    raise UserError(f'--{given[0]} is for models of diffusion; leave it out.')
 
+
+_CLIP = f'with --clip_guidance, a CLIP with both towers (default: {CLIP})'
+
+
+@dataclasses.dataclass(frozen=True)
+class GuideOptions:
+  """What guides samples besides the model itself."""
+
+  worse: Annotated[str, Help(
+    'a smaller or less trained model of the same kind, for --autoguidance', 'DIR'
+  )] = ''
+  guiding_clip: Annotated[str, Help(_CLIP, 'DIR')] = ''
+  clip_cutouts: Annotated[int, Range(0, 1024), Help(
+    'with --clip_guidance, random cut-outs of the picture that CLIP sees in its place at each step '
+    '(default: 0, the picture as it is)', 'N'
+  )] = 0
+  classifier: Annotated[str, Help(
+    "with --classifier_guidance, a classifier of noised latents of the model's autoencoder, or of "
+    'noised pixels, trained with settings.noised', 'DIR'
+  )] = ''
+
+  def guided(self, model, weights, guides: Collection[str]):
+    """Return (model, weights) with what these guides, names of `options.GUIDES`, need, and with
+    the worse model."""
+    from diffusion_jax.pipelines.adapters import add_classifier_guide, add_clip_guide, add_worse
+
+    _check_diffusion(model, [*self.named_guides(), *guides])
+    if 'clip_guidance' in guides:
+      model, weights = add_clip_guide(model, weights, self.guiding_clip or CLIP, self.clip_cutouts)
+    elif self.guiding_clip or self.clip_cutouts:
+      raise UserError(
+        'a CLIP that guides, and --clip_cutouts, need --clip_guidance S; give it, or neither.'
+      )
+    if bool(self.classifier) != ('classifier_guidance' in guides):
+      raise UserError(
+        '--classifier DIR and --classifier_guidance S need each other; give both, or neither.'
+      )
+    if self.classifier:
+      model, weights = add_classifier_guide(model, weights, self.classifier)
+    return add_worse(model, weights, self.worse) if self.worse else (model, weights)
+
+  def named_guides(self) -> dict[str, str]:
+    """Return option -> what it names, of those of guides that were given."""
+    names = [field.name for field in dataclasses.fields(GuideOptions)]
+    return {name: str(getattr(self, name)) for name in names if getattr(self, name)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOptions(GuideOptions):
+  """Adapters that others have trained for a model, and guides."""
+
+  guiding_clip: Annotated[str, Help(_CLIP, 'DIR', flag='clip')] = ''
   lora: Annotated[tuple[str, ...], Help(
     'a LoRA to merge, of any usual trainer; repeat for several', 'FILE[:SCALE]'
   )] = ()
@@ -59,31 +112,12 @@ class AdapterOptions:
   textual_inversion: Annotated[tuple[str, ...], Help(
     'a textual inversion; repeat for several', 'FILE'
   )] = ()
-  worse: Annotated[str, Help(
-    'a smaller or less trained model of the same kind, for --autoguidance', 'DIR'
-  )] = ''
 
-  clip: Annotated[str, Help(
-    f'with --clip_guidance, a CLIP with both towers (default: {CLIP})', 'DIR'
-  )] = ''
-  clip_cutouts: Annotated[int, Range(0, 1024), Help(
-    'with --clip_guidance, random cut-outs of the picture that CLIP sees in its place at each step '
-    '(default: 0, the picture as it is)', 'N'
-  )] = 0
+  def apply(self, model, weights, guides: Collection[str] = ()):
+    """Return (model, weights) with them, and with what those guides need."""
+    from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_textual_inversion
 
-  def apply(self, model, weights, clip_guidance: float = 0.0):
-    """Return (model, weights) with them, and with CLIP where it is to guide."""
-    from diffusion_jax.pipelines.adapters import (
-      add_clip_guide,
-      add_controlnet,
-      add_lora,
-      add_textual_inversion,
-      add_worse,
-    )
-
-    given = [*self.named(), *['clip_guidance'] * bool(clip_guidance)]
-    if given and not hasattr(model, 'conditioners'):
-      raise UserError(f'--{given[0]} is for models of diffusion; leave it out.')
+    _check_diffusion(model, [*self.named(), *guides])
     for text in self.lora:
       path, _, scale = text.rpartition(':')
       try:
@@ -95,11 +129,7 @@ class AdapterOptions:
       weights = add_textual_inversion(model, weights, path)
     if self.controlnet:
       model, weights = add_controlnet(model, weights, self.controlnet)
-    if clip_guidance:
-      model, weights = add_clip_guide(model, weights, self.clip or CLIP, self.clip_cutouts)
-    elif self.clip or self.clip_cutouts:
-      raise UserError('--clip and --clip_cutouts need --clip_guidance S; give it, or neither.')
-    return add_worse(model, weights, self.worse) if self.worse else (model, weights)
+    return self.guided(model, weights, guides)
 
   def named(self) -> dict[str, str]:
     """Return option -> what it names, of those that were given."""

@@ -63,6 +63,10 @@ class PromptOptions:
     "(default: the aspect of the picture that is given, about as large as the model's training; "
     'without one, that of the training)', 'HxW'
   )] = ''
+  label: Annotated[tuple[str, ...], Help(
+    'with --classifier_guidance, the class that the classifier leads to, of all prompts, or repeat '
+    'for one of each (default: the one that the prompt names)', 'NAME'
+  )] = ()
   negative: Annotated[str, Help('what not to draw (default: nothing)', 'TEXT')] = ''
   out: Annotated[str, Help('where the pictures go', 'DIR')]
 
@@ -76,6 +80,18 @@ class PromptOptions:
     if out.exists() and not out.is_dir():
       raise UserError(f'--out {self.out} is a file; choose a directory.')
     return out
+
+  def labelled(self, inputs, metadata: dict[str, str], config) -> tuple:
+    """Return (inputs, metadata) with the classes of --label. UserError where nothing reads them."""
+    if not self.label:
+      return inputs, metadata
+    if inputs is None or 'classifier_guidance' not in config.guides:
+      raise UserError(
+        '--label needs --classifier_guidance S, and no picture that is inverted; leave it out.'
+      )
+    return dataclasses.replace(inputs, classes=self.label), metadata | {
+      'label': ', '.join(self.label)
+    }
 
   def read(self, needed: bool = True) -> list[str]:
     """All prompts; in a file blank lines only separate. UserError: none, or an unreadable file."""
@@ -283,7 +299,7 @@ def checked_inputs(model, config, prompts: Sequence[str], negative: str, drawn, 
   if model.text is not None:
     model.check_prompts([*prompts, negative], config.prompt_syntax)
   inputs, metadata = read()
-  if model.text is None:  # Prompts name classes, or nothing but the files.
+  if model.text is None or model.takes_classes:  # Prompts name classes, or nothing but the files.
     model.rows(prompts, negative, inputs, *drawn)
   return inputs, metadata
 
@@ -319,13 +335,14 @@ def sample(
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
   config = inverting.settings(config, values)
-  model, weights = adapters.apply(model, weights, getattr(config, 'clip_guidance', 0.0))
+  model, weights = adapters.apply(model, weights, config.guides)
   model = tiled(model, edit.tiling)
   drawn, (height, width) = fits(model, config)
+  read = lambda: (
+    (None, pictures.files()) if inverting.wanted else pictures.read(model, config, *drawn, edit)
+  )
   inputs, started = checked_inputs(
-    model, config, prompts, prompt.negative, drawn,
-    lambda: (None, pictures.files()) if inverting.wanted
-    else pictures.read(model, config, *drawn, edit),
+    model, config, prompts, prompt.negative, drawn, lambda: prompt.labelled(*read(), config)
   )
   parts = (started, *(part.named() for part in (edit, adapters)), refining.named(refiner),
            inverting.named())

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from diffusion_jax.cli.options import open_model, open_run
 from diffusion_jax.cli.settling import steps as steps
+from diffusion_jax.cli.subject import SAMPLES, Subject, identity, open_split, own_prompts
 from diffusion_jax.config import typed
-from diffusion_jax.data.sources.tfds import open_source
 from diffusion_jax.data.splits import measured_on
-from diffusion_jax.data.unreadable import Counted, Damage
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.comparison import (
   Column,
@@ -27,24 +22,22 @@ from diffusion_jax.evaluation.comparison import (
   local_mesh,
   of_images,
 )
-from diffusion_jax.evaluation.evaluator import EVALUATE, Value, run_all, scores_of, with_options
+from diffusion_jax.evaluation.evaluator import scores_of, with_options
 from diffusion_jax.evaluation.extract import Extraction
-from diffusion_jax.evaluation.generated import GeneratedImages, PerImage, Prompts
 from diffusion_jax.evaluation.images import ImageSet, RandomSubset, Split, named_split, open_images
-from diffusion_jax.evaluation.metrics.images import DISCRETE_BITS
 from diffusion_jax.evaluation.metrics.metric import metric_of
-from diffusion_jax.evaluation.options import CLIP, CaptionOptions, CompareOptions, LikelihoodConfig
+from diffusion_jax.evaluation.options import CLIP, CompareOptions, LikelihoodConfig
 from diffusion_jax.evaluation.reference import open_reference, write_moments
 from diffusion_jax.evaluation.report import TESTED, report
 from diffusion_jax.evaluation.report import of_model as about_model
-from diffusion_jax.formats.networks import resolve
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
+from diffusion_jax.pipelines.options import GUIDES
 from diffusion_jax.run import TrainedRun, load_evaluator
 from diffusion_jax.runs.directory import RunDirectory
 from diffusion_jax.sizes import scored_at
 from diffusion_jax.viz.evaluation import examples
-from diffusion_jax.viz.sweep import label, short
+from diffusion_jax.viz.sweep import label
 
 if TYPE_CHECKING:
   from diffusion_jax.cli.evaluate import (
@@ -55,35 +48,16 @@ if TYPE_CHECKING:
     OneModel,
     Sweep,
   )
-  from diffusion_jax.types import Weights
 
-SAMPLES, SIZE = 256, 64
+SIZE = 64
 IMAGE_METRICS, MODEL_METRICS = 'fd,kid', 'fd,kid,clip_score,retrieval'
 PAIR_METRICS = 'fd,psnr,ssim,l1'
-FAR = 0.1
-"""Relative error of an average's profile from which on a note says so."""
 
 
 def all_are_here(name: str) -> bool:
   """Wait until every process has come here; return whether this is the first one."""
   agree(name, '', A_DAY)  # A page may take long.
   return jax.process_index() == 0
-
-
-def own_prompts(options: CaptionOptions) -> Prompts:
-  """The captions of the options' files; UserError where unreadable or mismatched."""
-  return Prompts.read(options.captions, options.labels, options.samples)
-
-
-def say_unreadable(sentence: str) -> None:
-  """Name a record that is left out."""
-  print(f'diffusion_jax evaluate: left out: {sentence}', file=sys.stderr)
-
-
-def open_split(options, name: str, size: int) -> Split:
-  """Return a split of --dataset."""
-  source = open_source(options.dataset, name, size=size, data_dir=options.data_dir, prepare=True)
-  return named_split(source, options.dataset, size, name)
 
 
 def open_comparison(
@@ -139,169 +113,13 @@ def write_report(
   return report(comparison, found, settings or {}, about, tested)
 
 
-class Subject:
-  """The model that is scored, its weights, and its sampling; `sample` replaces its own settings."""
-
-  def __init__(self, options: ModelEvaluation | LikelihoodEvaluation, sample: dict[str, Any], mesh):
-    self.options, self.mesh, self.run, self.step = options, mesh, None, None
-    unreadable = getattr(options, 'most_unreadable', None)
-    if options.workdir:
-      self.run, self.sample = open_run(options, sample)
-      self.model, self.name, self.step = self.run.model, options.workdir, self.run.newest()
-      self.train, self.test = self.run.sources
-      data = self.run.config.data
-      self.dataset, self.size = data.name, data.edge
-      unreadable = data.most_unreadable if unreadable is None else unreadable
-    else:
-      self.model, self._given, self.sample, self.name = open_model(options, sample, mesh)
-      self.dataset, self.size = options.dataset, max(self.model.trained_size)
-      damage = Damage(say_unreadable)
-      self.train, self.test = (
-        Counted(
-          open_split(options, name, self.size).records, unreadable or 0.0, damage,
-          f'{name} records', '--most_unreadable',
-        ) for name in ('train', 'test')
-      )
-    self.most_unreadable = unreadable
-    self._held: tuple[Any, Weights | None] = (None, None)
-    self._splits: dict[str, Split] = {}
-    self.check_average(options.ema_halflife_images)
-
-  def check_average(self, ema_halflife_images: float | None) -> None:
-    """Say how near an average of that length comes. UserError where there can be none."""
-    if ema_halflife_images is None:
-      return
-    if self.run is None:
-      raise UserError('ema_halflife_images needs a run (--workdir): a model alone has one average.')
-    stored, combined = self.run.averages(self.step, ema_halflife_images)
-    if combined.error > FAR:
-      print(f'note: the average over {ema_halflife_images:g} images is {combined.error:.0%} off '
-            f'with {len(stored)} snapshots; keep more checkpoints (loop.keep_every_steps).')
-
-  @functools.cached_property
-  def prompts(self) -> Prompts:
-    """Captions to sample. UserError for more than there are, or too few to score."""
-    options = self.options
-    if options.captions:
-      found = own_prompts(options)
-    else:
-      samples = SAMPLES if options.samples is None else options.samples
-      found = Prompts.of(self.test, samples, self.model.prompt, self.split('test').name)
-    # Says of all of them together how many are too long.
-    self.model.rows(found.captions, syntax=self.sample.prompt_syntax)
-    return found
-
-  @functools.cached_property
-  def _bits(self):
-    """Bits per dimension of the test images of the captions, where --metrics names them."""
-    options = self.options
-    if not options.wants_bits:
-      return None
-    from diffusion_jax.evaluation.likelihood import discrete_bits
-
-    compute = discrete_bits(
-      self.model, self.prompts.records, draws=options.bits_draws, seed=options.seed, mesh=self.mesh,
-      batch_size=options.batch,
-    )
-    return PerImage((DISCRETE_BITS,), {'draws': options.bits_draws}, compute)
-
-  def split(self, name: str) -> Split:
-    """Return a split of the data set that the model was made for."""
-    if name not in self._splits:
-      source = self.train if name == 'train' else self.test
-      self._splits[name] = named_split(source, self.dataset, self.size, name)
-    return self._splits[name]
-
-  @property
-  def about(self) -> list[str]:
-    """Sentences on what is sampled, and what the model was trained on."""
-    whose = self.options.captions or f'the captions of {self.split("test").name}'
-    return [f'Each is sampled for one of {whose}.', *self.trained_on]
-
-  @property
-  def trained_on(self) -> list[str]:
-    """Sentences on what the model was trained on, and whether the test images are part of it."""
-    from diffusion_jax.build import begun_with, provenance
-
-    test = self.split('test').pictures
-    if self.run is None:
-      return [about_model(self.name, self.name, {TESTED: test})]
-    own = [] if getattr(self.options, 'captions', '') else [measured_on(self.test).sentence]
-    own += scored_at(self.run.config.data.shapes)
-    begun = begun_with(self.run.config, self.run.task)
-    return [*own, *provenance(begun, (), None, test)]
-
-  def weights(self, ema_halflife_images: float | None = None) -> Callable[[], Weights]:
-    """A reader of the weights on the mesh, one set in memory at a time; of a run, any average."""
-    which = self.step, ema_halflife_images
-
-    def read() -> Weights:
-      if self.run is None:
-        return self._given
-      if self._held[0] != which:
-        self._held = None, None
-        self._held = which, self.model.on_mesh(self.run.weights(*which), self.mesh)
-      return self._held[1]
-
-    return read
-
-  def identity(self, ema_halflife_images: float | None = None) -> str:
-    """Return the model's name and which of its weights these are: it may be trained on meanwhile.
-    """
-    return identity(self.name, self.run, self.step, ema_halflife_images)
-
-  def evaluator(self, comparison: Comparison) -> GeneratedImages:
-    """Return what samples the captions and scores what comes."""
-    return GeneratedImages(
-      comparison.named, comparison.metrics, self.sample, self.train, self.test, self.mesh,
-      batch_size=self.options.batch, prompts=self.prompts, scorer=comparison, each=self._bits,
-    )
-
-  @property
-  def names(self) -> dict[str, str]:
-    """Names of the model with its weights and without, by column."""
-    generated = self.identity(self.options.ema_halflife_images)
-    # The same at each step of a run, whose frozen parts stay as they are.
-    name = f'{self.name} ({self.run.settings_fingerprint})' if self.run else generated
-    return {'generated': generated, 'untrained': f'untrained {name}'}
-
-  def added(self) -> list[tuple[str, Value]]:
-    """Return what the evaluators yield that the config of the run adds to its task's."""
-    found = [one for one in self.run.added_evaluators if one.when == EVALUATE] if self.run else []
-    if not found:
-      return []
-    weights = self.run.weights(self.step, self.options.ema_halflife_images)
-    weights = self.model.on_mesh(weights, self.run.mesh)
-    return list(run_all(found, self.model, weights, jax.random.key(self.options.seed)))
-
-  @property
-  def settings(self) -> dict[str, Any]:
-    """Settings by which images are sampled, and bits estimated."""
-    bits = {'draws': self.options.bits_draws} if self.options.wants_bits else {}
-    return dataclasses.asdict(self.sample) | bits
-
-
-def identity(
-  name: str, run: TrainedRun | None = None, step: int | None = None,
-  ema_halflife_images: float | None = None,
-) -> str:
-  """The identity of weights: a run's step and average, or a directory's date."""
-  if run is None:
-    dates = [path.stat().st_mtime for path in resolve(name).rglob('*.safetensors')]
-    date = time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(max(dates, default=0)))
-    return f'{name} of {date} UTC'
-  average = '' if ema_halflife_images is None else (
-    f', averaged over {short(ema_halflife_images)} images'
-  )
-  # A run that was begun anew has the same names.
-  return f'{name} at step {step}{average} ({run.fingerprint(step, ema_halflife_images)})'
-
-
-def open_subject(options: ModelEvaluation, sample: dict[str, Any]) -> tuple[Subject, Comparison]:
-  """Return the model and what it is compared with."""
+def open_subject(
+  options: ModelEvaluation, sample: dict[str, Any], guides: Collection[str] = ()
+) -> tuple[Subject, Comparison]:
+  """Return the model and what it is compared with; guides: see `Subject`."""
   if options.captions:
     own_prompts(options)  # What is wrong with them is said before a model is loaded.
-  subject = Subject(options, sample, local_mesh())
+  subject = Subject(options, sample, local_mesh(), guides)
   subject.prompts  # noqa: B018
   clip = options.clip or (subject.run.config.settings.clip if subject.run else CLIP)
   options = dataclasses.replace(options, most_unreadable=subject.most_unreadable)
@@ -350,10 +168,11 @@ def sweep(options: Sweep, sample: dict[str, Any], shown: dict) -> dict[str, Any]
     if name in sample or getattr(options, name, None) is not None:
       raise UserError(f'--{name} does nothing beside a sweep of {name}; leave it out.')
   every = {label(one): one for one in swept}
-  subject, comparison = open_subject(options, sample)
+  guides = {name for one in swept for name in GUIDES if one.get(name)}
+  subject, comparison = open_subject(options, sample, guides)
   samples = {name: applied(subject.sample, one) for name, one in every.items()}
   for name, settings in samples.items():
-    subject.model.check_config(settings)
+    subject.model.check_sampling(settings)
     subject.check_average(every[name].get(EMA))
   own, evaluator = options.ema_halflife_images, subject.evaluator(comparison)
   name_of_model = subject.identity(own)  # By all processes: they agree on the checkpoint.

@@ -22,7 +22,7 @@ SHOWN = 4
 
 def steps(options: StepsEvaluation, sample: dict[str, Any], shown: dict) -> dict[str, Any]:
   """Draw the same noise by more and more steps of several samplers."""
-  from diffusion_jax.cli.scoring import Subject, own_prompts
+  from diffusion_jax.cli.subject import Subject, own_prompts
 
   for name in ('sampler', 'steps'):
     if name in sample:

@@ -272,18 +272,25 @@ class GeneratedImages(Cached):
     them. within: context of the batches in memory.
     """
     sample, each = sample or self.sample, self.each
+    labels = prompts.labels if model.takes_classes else ()
     generate = functools.partial(
       model.generate, config=sample, seed=seed, mesh=self.mesh, batch_size=self.batch_size
     )
 
+    def draw(items: range) -> Iterator[Images]:
+      part = slice(items.start, items.stop)
+      classes = {'inputs': Inputs(classes=tuple(labels[part]))} if labels else {}
+      return generate(weights(), prompts.captions[part], first=items.start, **classes)
+
     def make(items: range) -> Made:
-      batches = generate(weights(), prompts.captions[items.start : items.stop], first=items.start)
+      batches = draw(items)
       images = list(itertools.chain.from_iterable(batches))
       return Made(images, [''] * len(images), each.compute(weights(), items) if each else {})
 
     plan = {'model': name, 'captions': list(prompts.captions), 'seed': seed,
-            'sample': dataclasses.asdict(sample), **(each.plan if each else {})}
-    stream = lambda count: within(generate(weights(), prompts.captions[:count]))
+            'sample': dataclasses.asdict(sample), **(each.plan if each else {}),
+            **({'labels': list(labels)} if labels else {})}
+    stream = lambda count: within(draw(range(count)))
     work = Work(len(prompts.captions), plan, make, weights, each.names if each else (), stream)
     return Column(work, prompts.captions, keep, place, prompts.labels)
 

@@ -102,13 +102,25 @@ class Retrieval(RetrievalPreview):
     return scores | {'clip_score': clip_score(image, text), 'images': float(count)}
 
 
+def logits_of(network: Network, ratio: float = 0.0) -> Callable:
+  """Return a compiled (params, uint8 images [b h w 3]) -> logits [b classes]; without noise."""
+  del ratio
+  return jit(
+    lambda params, images: ClassifierExtractor(network, {}, '').apply(params, images)['logits']
+  )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClassificationPreview(Cached):
-  """Test images, each with the class that it is given and with its own."""
+  """Test images, each with the class that it is given and with its own.
+
+  logits: see `logits_of`, also of classifiers of noised images, at sigma / alpha = ratio.
+  """
 
   classes: Sequence[str]
   test: Source
   mesh: Mesh
+  logits: Callable[[Network, float], Callable] = logits_of
   name = 'classification_preview'
   when = SAMPLE
   about = 'Test images, each with the class that the classifier gives it and the one that it is of.'
@@ -119,14 +131,16 @@ class ClassificationPreview(Cached):
     answers = [answer(self.classes[found], self.classes[true]) for found, true in pairs]
     yield 'samples', Picture(images, answers, self.about)
 
-  def tested(self, model: Network, params: Params, count: int) -> tuple[np.ndarray, ...]:
+  def tested(
+    self, model: Network, params: Params, count: int, ratio: float = 0.0
+  ) -> tuple[np.ndarray, ...]:
     """Return (images, labels, logits) of so many test records, spread over the split."""
     count = min(count, len(self.test))
     places = np.linspace(0, len(self.test) - 1, count).round().astype(int)
     records = first_readable(self.test, count, places)
     images = np.stack([record['image'] for record in records])
     labels = np.asarray([self.classes.index(record['label']) for record in records])
-    run = self.once('logits', lambda: logits_of(model))
+    run = self.once(f'logits {ratio}', lambda: self.logits(model, ratio))
     logits = list(in_batches(run, params, images, mesh=self.mesh))
     return images, labels, np.concatenate(logits)
 
@@ -135,9 +149,11 @@ class ClassificationPreview(Cached):
 class Classification(ClassificationPreview):
   """Loss without smoothing, accuracy, and its mean over classes.
 
-  With baselines, also the constant answer of the test's class frequencies.
+  With baselines, also the constant answer of the test's class frequencies. ratios: levels
+  sigma / alpha of noise, at each of which it is scored, too.
   """
 
+  ratios: Sequence[float] = ()
   samples: int = 256
   baselines: bool = True
   name = 'classification'
@@ -146,18 +162,14 @@ class Classification(ClassificationPreview):
   def run(self, model: Network, params: Params, key) -> Iterator[tuple[str, Value]]:
     _, labels, logits = self.tested(model, params, self.samples)
     yield from named({TEST: _of_logits(logits, labels)})
+    for ratio in self.ratios:
+      noised = self.tested(model, params, self.samples, ratio)[2]
+      yield from named({f'noise_{ratio:g}': _of_logits(noised, labels)})
     if self.baselines:
       fractions = np.bincount(labels, minlength=len(self.classes)) / len(labels)
       known = np.log(np.maximum(fractions, 1e-12)).astype(np.float32)
       known = np.broadcast_to(known, logits.shape)
       yield from named({'commonest': _of_logits(known, labels)})
-
-
-def logits_of(network: Network) -> Callable:
-  """Return a compiled (params, uint8 images [b h w 3]) -> logits [b classes]."""
-  return jit(
-    lambda params, images: ClassifierExtractor(network, {}, '').apply(params, images)['logits']
-  )
 
 
 def _of_logits(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

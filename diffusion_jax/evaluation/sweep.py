@@ -14,6 +14,7 @@ from diffusion_jax.diffusion.samplers import info, sampler
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.metrics.metric import LOWER, value_of
 from diffusion_jax.pipelines.model import Diffusion
+from diffusion_jax.pipelines.options import GUIDES
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.types import Condition
 
@@ -29,7 +30,8 @@ def interval(text: str) -> tuple[float, float | None]:
 KINDS: dict[str, Callable[[str], Any]] = {
   'guidance': float, 'steps': int, 'sampler': str, 'spacing': str, 'guidance_rescale': float,
   'image_guidance': float, 'clip_skip': int, EMA: float, 'guidance_kind': str, 'eta': float,
-  'guidance_interval': interval, 'perturbed_attention': float,
+  'guidance_interval': interval, 'perturbed_attention': float, 'autoguidance': float,
+  **{name: float for name in GUIDES}, **{f'{name}_every': int for name in GUIDES},
 }
 """Settings that may be swept: fields of `SampleConfig`, and the average's length."""
 OR = 'or'
@@ -80,10 +82,10 @@ def applied(sample: SampleConfig, combination: Mapping[str, Any]) -> SampleConfi
 
 
 def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
-  """The rows that the denoiser computes for one image: a guided step counts twice.
+  """The rows that denoisers compute for one image: a guided step counts twice.
 
-  Counted with a network that returns zero; None for samplers that choose their steps, and for other
-  models than of diffusion.
+  Counted with networks that return zero; the gradients of guides are not counted. None for samplers
+  that choose their steps, and for other models than of diffusion.
   """
   if not isinstance(model, Diffusion) or info(sample.sampler).calls is None:
     return None
@@ -95,7 +97,9 @@ def network_calls(model: Diffusion, sample: SampleConfig) -> int | None:
 
   program, numbers = sample.program, sample.numbers(model.noise)
   condition = Condition(text=jnp.zeros((1, 1, 1)), image=jnp.zeros((1, 1, 1, 1)))
-  denoise = program.guide(network, condition, condition, numbers, model.parameterization)
+  other = lambda x, alpha, sigma: network(x, alpha, sigma, condition)
+  others = [(other, 1.0)] * (bool(program.perturbed) + program.autoguided)
+  denoise = program.guide(network, condition, condition, numbers, model.parameterization, others)
   draw = sampler(program.sampler, **dict(program.options))
   jax.block_until_ready(draw(
     denoise, jnp.ones((1, 1, 1, 1)), numbers.grid, jax.random.split(jax.random.key(0), 1)

@@ -19,7 +19,14 @@ from diffusion_jax.formats.textual_inversion import (
 from diffusion_jax.models.lora import Rank, merge_lora
 from diffusion_jax.models.text.tokenizer import Cut, Tokenize, load_tokenizer
 from diffusion_jax.pipelines.directory import read_model
-from diffusion_jax.pipelines.guides import CLIP_GUIDANCE, GUIDING_CLIP, CLIPGuide
+from diffusion_jax.pipelines.guides import (
+  CLASSIFIER_GUIDANCE,
+  CLIP_GUIDANCE,
+  GUIDING_CLASSIFIER,
+  GUIDING_CLIP,
+  ClassifierGuide,
+  CLIPGuide,
+)
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, ControlNet
 from diffusion_jax.pipelines.model import DENOISER, WORSE, Diffusion
 from diffusion_jax.pipelines.text_conditioners import EXTRA, embedding_table
@@ -98,6 +105,18 @@ def add_clip_guide(
   guide = CLIPGuide({GUIDING_CLIP: network}, tokenize, **pixels, cutouts=cutouts)
   model = model.with_conditioner(CLIP_GUIDANCE, guide)
   return model, {**weights, GUIDING_CLIP: part.load(mesh=mesh)}
+
+
+def add_classifier_guide(
+  model: Diffusion, weights: Weights, path: str, mesh: Mesh | None = None
+) -> tuple[Diffusion, Weights]:
+  """Return the model with a directory's classifier for `classifier_guidance`; see
+  `guides.ClassifierGuide`. UserError where there is none of noised z of the model's space."""
+  part = read_part(path).expect(('classifier',))
+  guide = ClassifierGuide({GUIDING_CLASSIFIER: part.network()})
+  guide.check_space(model.space)
+  model = model.with_conditioner(CLASSIFIER_GUIDANCE, guide)
+  return model, {**weights, GUIDING_CLASSIFIER: part.load(mesh=mesh)}
 
 
 def add_textual_inversion(model: Diffusion, weights: Weights, path: str) -> Weights:

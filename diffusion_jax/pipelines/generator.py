@@ -44,6 +44,8 @@ class Generator(abc.ABC):
   """Models that enlarge what it draws, as it is drawn."""
   numbers: bool = False
   """True if what it draws is kept as numbers, too."""
+  takes_classes: bool = False
+  """True if `Inputs.classes` say something to it."""
   text: Any = None
   """What reads prompts, if something does."""
 
@@ -87,6 +89,7 @@ class NumbersOnly:
 
   binning: ClassVar[str] = 'none'
   prompt_syntax: ClassVar[str] = 'plain'
+  guides: ClassVar[tuple[str, ...]] = ()
   steps: ClassVar[int] = 1
 
   def in_force(self) -> dict[str, str]:

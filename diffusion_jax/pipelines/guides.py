@@ -9,27 +9,30 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Score
+from diffusion_jax.diffusion.parameterization import expand, noise_label
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.clip import HALF
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import unit
-from diffusion_jax.pipelines.conditioners import Conditioner
-from diffusion_jax.types import Images, Weights
+from diffusion_jax.pipelines.conditioners import Conditioner, Request
+from diffusion_jax.pipelines.options import GUIDES
+from diffusion_jax.types import Images, Latents, PerExample, Weights
 
 if TYPE_CHECKING:
   from diffusion_jax.models.text.tokenizer import Tokenize
   from diffusion_jax.pipelines.spaces import Space
 
-CLIP_GUIDANCE = 'clip_guidance'
-"""The name of the guide by CLIP, and of its option."""
-GUIDING_CLIP = 'guiding_clip'
-"""The role of its weights."""
+CLIP_GUIDANCE, CLASSIFIER_GUIDANCE = GUIDES
+"""The names of the guides by CLIP and by a classifier, and of their options."""
+GUIDING_CLIP, GUIDING_CLASSIFIER = 'guiding_clip', 'guiding_classifier'
+"""The roles of their weights."""
 SMALLEST = 0.5
 """The least edge of a cut-out, as a fraction of the image's."""
 
@@ -124,3 +127,81 @@ def views_of(
   level = (1e6 * jnp.arctan2(jnp.asarray(sigma), jnp.asarray(alpha))).astype(jnp.int32)
   keys = jax.random.split(jax.random.fold_in(jax.random.key(0), level), cutouts)
   return jax.vmap(cut)(keys)
+
+
+def of_space(space: Space) -> dict[str, Any]:
+  """Return the fields of a `ClassifierConfig` that tell which space's noised z it sees."""
+  configs = [network.config for network in space.networks.values()]
+  factors = [c.scaling_factor for c in configs if hasattr(c, 'scaling_factor')]
+  return {
+    'noised': space.name, 'in_channels': space.channels,
+    'scaling_factor': float(factors[0]) if factors else 1.0,
+  }
+
+
+def told_noise(
+  z: Latents, alpha: jax.Array, sigma: jax.Array
+) -> tuple[Latents, PerExample]:
+  """Return noised z [b ...] at about unit variance, and t [b] in [0, 1000] of its noise.
+
+  Both depend on z / alpha and sigma / alpha alone: one classifier serves all processes. alpha,
+  sigma: [] or [b].
+  """
+  alpha, sigma = (jnp.broadcast_to(jnp.asarray(part), z.shape[:1]) for part in (alpha, sigma))
+  return z / expand(jnp.hypot(alpha, sigma), z), 200 * (noise_label(alpha, sigma) + 2.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierGuide(Guide):
+  """Log-probability of a class by a classifier of noised z (Dhariwal & Nichol 2021, algorithm 1).
+
+  The class is that of `Inputs.classes`, else the one that the prompt names; an empty prompt asks
+  for none and is not guided.
+  """
+
+  networks: Mapping[str, Network] = dataclasses.field()
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Names of the classes."""
+    return self.networks[GUIDING_CLASSIFIER].config.class_names
+
+  def check_space(self, space: Space) -> None:
+    """Raise UserError unless it was trained on noised z of that space."""
+    config, wanted = self.networks[GUIDING_CLASSIFIER].config, of_space(space)
+    for name, value in wanted.items():
+      if getattr(config, name) != value:
+        raise UserError(
+          f'the classifier has {name} {getattr(config, name)!r}, but the model draws in a space of '
+          f'{value!r}; train one on noised {space.name} of the model (settings.noised).'
+        )
+
+  def rows(self, request: Request):
+    given = request.inputs.classes if request.inputs is not None else ()
+    if given and len(given) not in (1, len(request.prompts)):
+      raise UserError(
+        f'there are {len(given)} classes and {len(request.prompts)} prompts; give a class for each '
+        'prompt, or one for all.'
+      )
+    names = given or [prompt.strip() for prompt in request.prompts]
+    numbers = np.asarray([self._number(name) for name in names], np.int32)
+    return {f'{CLASSIFIER_GUIDANCE}_class': np.broadcast_to(numbers, len(request.prompts))}
+
+  def _number(self, name: str) -> int:
+    if name and name not in self.classes:
+      raise UserError(
+        f'{name!r} is no class of the classifier that guides; give --label with one of '
+        f'{", ".join(self.classes[:20])} (in code Inputs(classes=...)).'
+      )
+    return self.classes.index(name) if name else -1
+
+  def score(self, weights, rows, space):
+    classifier = self.networks[GUIDING_CLASSIFIER].bind(weights[GUIDING_CLASSIFIER])
+    numbers = rows[f'{CLASSIFIER_GUIDANCE}_class']
+
+    def score(z, alpha, sigma):
+      log = jax.nn.log_softmax(classifier(*told_noise(z, alpha, sigma))[1])
+      found = jnp.take_along_axis(log, jnp.maximum(numbers, 0)[:, None], axis=-1)[:, 0]
+      return jnp.where(numbers < 0, 0, found)
+
+    return score

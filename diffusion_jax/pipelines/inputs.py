@@ -40,6 +40,7 @@ class Inputs:
   reference: uint8 [n s s 3], to vary, at the size of the model's image encoder.
   embedding: float32 [n p], the encoder's of a reference, in its place.
   small_noise: float32 [n h w 3], what the small image is noised with; None: noise of the seed.
+  classes: names of what a classifier guides to; () for those that the prompts name.
   """
 
   images: np.ndarray | None = None
@@ -56,6 +57,7 @@ class Inputs:
   latents: np.ndarray | None = None
   feather: int | None = None
   low_pass: int = 0
+  classes: tuple[str, ...] = ()
 
   def check_start(self, denoising_start: float) -> None:
     """Raise UserError unless there are latents where a model goes on from some, and only there."""

@@ -47,7 +47,7 @@ from diffusion_jax.pipelines.distilled import (
   told_interval,
 )
 from diffusion_jax.pipelines.generator import Generator
-from diffusion_jax.pipelines.guides import check_guides, scores_of
+from diffusion_jax.pipelines.guides import CLASSIFIER_GUIDANCE, check_guides, scores_of
 from diffusion_jax.pipelines.image_conditioners import CONTROLNET, Editing
 from diffusion_jax.pipelines.image_sizes import ImageSizes
 from diffusion_jax.pipelines.inputs import Inputs
@@ -110,6 +110,10 @@ class Diffusion(ImageSizes, Generator):
   def text(self) -> TextEncoders | None:
     """The conditioner of prompts, if there is one."""
     return next((c for c in self.conditioners.values() if isinstance(c, TextEncoders)), None)
+
+  @property
+  def takes_classes(self) -> bool:
+    return CLASSIFIER_GUIDANCE in self.conditioners
 
   @property
   def numbers(self) -> bool:

@@ -30,9 +30,10 @@ SIZING = {
 Pixels = Annotated[int, Range(0, 2**20, text='a number of pixels')]
 Score = Annotated[float, Range(0, 10)]
 FINITE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 1 for none')
+SCALE = Range(-math.inf, math.inf, above=True, below=True, text='a finite scale, 0 for none')
 
 
-GUIDES = ('clip_guidance',)
+GUIDES = ('clip_guidance', 'classifier_guidance')
 """Options that are the scales of guides, see `pipelines.guides`; 0 is none."""
 
 
@@ -126,14 +127,19 @@ class SampleOptions:
   autoguidance: Annotated[float, FINITE, Help(
     'with --worse, scale of the guidance away from that model; 1 is none', 'W'
   )] = 1.0
-  clip_guidance: Annotated[float, Range(
-    -math.inf, math.inf, above=True, below=True, text='a finite scale, 0 for none'
-  ), Help(
+  clip_guidance: Annotated[float, SCALE, Help(
     "scale of the gradient of CLIP's similarity of the picture to the prompt, in units of CLIP's "
     'temperature, beside --guidance; 0 is none', 'S'
   )] = 0.0
   clip_guidance_every: Annotated[int, Range(1, text='a number of steps'), Help(
     'with --clip_guidance: of so many steps only the first is guided by it (default: 1)', 'K'
+  )] = 1
+  classifier_guidance: Annotated[float, SCALE, Help(
+    "scale of the gradient of a classifier's log-probability of the class, beside --guidance; 0 is "
+    'none', 'S'
+  )] = 0.0
+  classifier_guidance_every: Annotated[int, Range(1, text='a number of steps'), Help(
+    'with --classifier_guidance: of so many steps only the first is guided by it (default: 1)', 'K'
   )] = 1
   guidance_kind: Annotated[str, OneOf(GUIDANCES), Help(
     'how --guidance acts: extrapolated; plus_plus (CFG++), of ddim, with a scale from 0 to 1; or '
@@ -201,6 +207,11 @@ class SampleOptions:
         f'guidance_interval is {low} to {high}; give two noise levels sigma / alpha from 0 on, the '
         'lower one first.'
       )
+
+  @property
+  def guides(self) -> tuple[str, ...]:
+    """Names of the guides that are in force."""
+    return tuple(name for name in GUIDES if getattr(self, name))
 
   @property
   def sizing(self) -> Sizing:

@@ -228,11 +228,11 @@ class SampleConfig(SampleOptions):
     if self.denoising_end < 1:  # The last steps are another model's.
       taken = inspect.signature(info(self.sampler).function).parameters
       options |= {n: False for n in ('lower_order_final', 'euler_at_final') if n in taken}
-    guides = tuple(name for name in GUIDES if getattr(self, name))
     return Program(
       self.sampler, guided, edited, everywhere, self.threshold, self.clip_skip, self.decoding,
       tuple(sorted(options.items())), self.timesteps, perturbed, autoguided, kind=kind,
-      guides=guides, seldom=tuple(n for n in guides if getattr(self, f'{n}_every') > 1),
+      guides=self.guides,
+      seldom=tuple(n for n in self.guides if getattr(self, f'{n}_every') > 1),
     )
 
   @property

@@ -127,6 +127,11 @@ def load_classifier_extractor(
 ) -> ClassifierExtractor:
   """Load the classifier in a directory, such as WORKDIR/model. UserError where it cannot be."""
   config, params = load_params('classifier', path, mesh=mesh)
+  require(
+    not config.noised,
+    f'{path} is a classifier of noised {config.noised}, whose features are of no pictures; give '
+    'one of clean images.',
+  )
   directory = resolve(path).resolve()
   # Every run calls it model; the run's own name tells it from others.
   name = directory.parent.name if directory.name == 'model' else directory.name
