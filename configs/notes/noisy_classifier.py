@@ -1,8 +1,8 @@
 """A classifier of noised latents, for classifier guidance (Dhariwal & Nichol 2021, section 4).
 
-By Bayes' rule grad log p(x | y) = grad log p(x) + grad log p(y | x), at each noise level. Trained on
-noised examples a classifier gives the second term, so that it leads samples of any model, such as
-one of captions alone, to its classes; times a scale s it samples p(x) p(y | x)^s. It is told
+By Bayes' rule grad log p(x | y) = grad log p(x) + grad log p(y | x), at each noise level. Trained
+on noised examples a classifier gives the second term, so that it leads samples of any model, such
+as one of captions alone, to its classes; times a scale s it samples p(x) p(y | x)^s. It is told
 sigma / alpha, on which alone p(y | x) depends besides x / alpha, and so serves every process; its
 latents are those of the package's autoencoder, and its classes OpenMoji's five groups, as in
 `openmoji/classifier` of clean pictures, which scores what it leads to.

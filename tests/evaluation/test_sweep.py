@@ -67,6 +67,13 @@ def test_network_calls(sampler, guidance, calls):
   assert network_calls(_model(), config) == calls
 
 
+def test_each_other_network_that_guidance_leads_away_from_counts():
+  calls = lambda **changes: network_calls(_model(), SampleConfig('ddim', 10, **changes))
+  assert calls(guidance=1.0, perturbed_attention=2.0) == 20
+  assert calls(guidance=1.0, autoguidance=2.0) == 20
+  assert calls(guidance=3.0, autoguidance=2.0, perturbed_attention=2.0) == 40
+
+
 def test_only_steps_within_the_interval_are_guided():
   model = _model()
   config = SampleConfig('ddim', steps=10, guidance=3.0)

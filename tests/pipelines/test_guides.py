@@ -1,4 +1,4 @@
-"""Guidance by CLIP: its score, what it sees, and pictures that fit their prompts better."""
+"""Guidance by CLIP and by classifiers: their scores, what they see, and what they lead to."""
 
 import dataclasses
 
@@ -8,19 +8,32 @@ import numpy as np
 import pytest
 
 from diffusion_jax.cli.options import AdapterOptions
+from diffusion_jax.diffusion.denoiser import gradient_guidance
+from diffusion_jax.diffusion.mixture import GaussianMixture
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.clip import load_features
+from diffusion_jax.formats.networks import save_params
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import unit
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Request
-from diffusion_jax.pipelines.guides import views_of
+from diffusion_jax.pipelines.guides import (
+  GUIDING_CLASSIFIER,
+  ClassifierGuide,
+  of_space,
+  told_noise,
+  views_of,
+)
+from diffusion_jax.pipelines.image_conditioners import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pixels import to_uint8
 from tests import tiny
+from tests.diffusion.exact_mixture import component
 
 PROMPTS = ('red apple', 'cat face', 'sun')
 
@@ -42,7 +55,7 @@ def plain(parts):
 @pytest.fixture(scope='module')
 def guided(plain, parts):
   """The same with the CLIP of the parts as its guide."""
-  return AdapterOptions(clip=parts['clip']).apply(*plain, 1.0)
+  return AdapterOptions(guiding_clip=parts['clip']).apply(*plain, ['clip_guidance'])
 
 
 def test_the_score_is_the_logit_of_the_decoded_picture_with_its_prompt(guided, features):
@@ -78,7 +91,7 @@ def test_guided_pictures_fit_their_prompts_better(parts, features):
   weights = {role: part.load() for role, part in frozen.items()}
   weights['denoiser'] = jax.jit(model.denoiser.initialize)(jax.random.key(0))
   plain = model, weights
-  guided = AdapterOptions(clip=parts['clip']).apply(*plain, 1.0)
+  guided = AdapterOptions(guiding_clip=parts['clip']).apply(*plain, ['clip_guidance'])
   fits = {}
   for (model, weights), scale, every in (
     (plain, 0.0, 1), (guided, 0.0, 1), (guided, 3.0, 1), (guided, 3.0, 2)
@@ -103,7 +116,120 @@ def test_what_guides_nothing_is_refused(plain, guided):
   with pytest.raises(UserError, match='clip_guidance'):
     plain[0].check_sampling(SampleConfig(clip_guidance=1.0))
   guided[0].check_sampling(SampleConfig(clip_guidance=1.0))
-  for given in ({'clip': 'anywhere'}, {'clip_cutouts': 4}):
+  for given in ({'guiding_clip': 'anywhere'}, {'clip_cutouts': 4}):
     with pytest.raises(UserError, match='--clip_guidance'):
       AdapterOptions(**given).apply(*plain)
   assert AdapterOptions().apply(*plain) == plain
+
+
+MIXTURE = GaussianMixture(
+  np.array([0.2, 0.5, 0.3]), np.array([[-1.0, 0.5], [2.0, 1.0], [0.0, -1.5]]),
+  np.array([0.3, 0.1, 0.2]),
+)
+
+
+class ExactClassifier:
+  """In place of a network: the classifier of the mixture's three classes under any noise."""
+
+  config = ClassifierConfig(class_names=('a', 'b', 'c'), noised='vectors', in_channels=2)
+
+  def bind(self, params):
+    def classify(z, t):
+      ratio = jnp.exp(4 * (t / 200 - 2.5))[0]  # sigma / alpha.
+      alpha = 1 / jnp.hypot(1.0, ratio)
+      return None, MIXTURE.diffused(alpha, ratio * alpha).log_class_probabilities(z) + 3.0
+
+    return classify
+
+
+@pytest.mark.parametrize(('alpha', 'sigma'), [(0.8, 0.6), (0.3, 0.7), (1.0, 5.0), (1.0, 0.05)])
+def test_an_exact_classifier_leads_to_each_prompt_s_class_on_every_process(alpha, sigma):
+  """Of noise that preserves the variance, of a flow and of one that explodes; '' is no class."""
+  with jax.enable_x64(True):
+    guide = ClassifierGuide({GUIDING_CLASSIFIER: ExactClassifier()})
+    prompts = ('b', 'a', '', 'c')
+    rows = guide.rows(Request(prompts))
+    x = jax.random.normal(jax.random.key(0), (4, 2), jnp.float64)
+    x = alpha * MIXTURE.means[[1, 0, 1, 2]] + sigma * x
+    score = guide.score({GUIDING_CLASSIFIER: {}}, rows, None)
+    found = gradient_guidance(MIXTURE.denoise, score, 1.0, of=guide.of)(x, alpha, sigma)
+    own = [
+      (component(MIXTURE, 'abc'.index(name)) if name else MIXTURE).denoise(x[i, None], alpha, sigma)
+      for i, name in enumerate(prompts)
+    ]
+    np.testing.assert_allclose(found, np.concatenate(own), rtol=1e-7, atol=1e-8)
+
+
+def test_the_class_is_the_given_one_or_the_prompt_s():
+  guide = ClassifierGuide({GUIDING_CLASSIFIER: ExactClassifier()})
+  rows = lambda *prompts, **given: guide.rows(Request(prompts, inputs=Inputs(**given)))
+  numbers = lambda *prompts, **given: rows(*prompts, **given)['classifier_guidance_class'].tolist()
+  assert numbers('a', ' c ', '') == [0, 2, -1]
+  assert numbers('red apple', 'sun', classes=('b',)) == [1, 1]
+  assert numbers('red apple', 'sun', classes=('b', 'a')) == [1, 0]
+  with pytest.raises(UserError, match=r"'sun' is no class of the classifier.*--label.*a, b, c"):
+    numbers('a', 'sun')
+  with pytest.raises(UserError, match='2 classes and 3 prompts'):
+    numbers('a', 'b', 'c', classes=('a', 'b'))
+
+
+def noisy_classifier(space, folder, **changes):
+  """A directory with a random classifier of a space's noised z."""
+  config = ClassifierConfig(
+    (8,), 1, 4, image_size=8, patch_size=1, class_names=('a', 'b'), **of_space(space) | changes
+  )
+  params = jax.jit(Network.of(Classifier, config).initialize)(jax.random.key(7))
+  head = np.random.default_rng(0).normal(0, 3, params['head.kernel'].shape).astype(np.float32)
+  save_params(folder, config, params | {'head.kernel': head})
+  return str(folder)
+
+
+@pytest.fixture(scope='module')
+def classified(plain, tmp_path_factory):
+  """The model with such a classifier as its guide."""
+  folder = noisy_classifier(plain[0].space, tmp_path_factory.mktemp('classifier'))
+  weights = {**plain[1], 'denoiser': jax.jit(plain[0].denoiser.initialize)(jax.random.key(0))}
+  return AdapterOptions(classifier=folder).apply(plain[0], weights, ['classifier_guidance'])
+
+
+def test_samples_are_of_the_class_that_they_are_guided_to(classified):
+  """One program for both classes and all scales; of fewer guided steps, less so."""
+  model, weights = classified
+  classifier = model.networks[GUIDING_CLASSIFIER].bind(weights[GUIDING_CLASSIFIER])
+  log = {}
+  for scale, every, name in ((0.0, 1, 'a'), (60.0, 1, 'a'), (60.0, 1, 'b'), (60.0, 4, 'b')):
+    config = SampleConfig(
+      sampler='ddim', steps=4, guidance=1.0, classifier_guidance=scale,
+      classifier_guidance_every=every,
+    )
+    with tiny.few_devices():
+      z = np.concatenate([*model.sample(
+        weights, PROMPTS, config, seed=1, mesh=make_mesh(MeshConfig()), batch_size=3,
+        inputs=Inputs(classes=(name,)), latents=True,
+      )])
+    logits = classifier(*told_noise(jnp.asarray(z), 1.0, 0.0))[1]
+    log[scale, every, name] = np.asarray(logits[:, 0] - logits[:, 1])
+  free, a, b, seldom = log.values()
+  assert (a > free + 0.1).all() and (b < free - 0.1).all()
+  assert b.mean() < seldom.mean() < free.mean()
+  assert len(model.programs) == 3
+  assert config.in_force().items() >= {
+    'classifier_guidance': '60', 'classifier_guidance_every': '4'
+  }.items()
+
+
+def test_a_classifier_that_does_not_fit_is_refused(plain, tmp_path):
+  model, space = plain[0], plain[0].space
+  needed = ['classifier_guidance']
+  other = noisy_classifier(space, tmp_path / 'scaled', scaling_factor=0.13025)
+  with pytest.raises(UserError, match=r'has scaling_factor 0\.13025'):
+    AdapterOptions(classifier=other).apply(*plain, needed)
+  other = noisy_classifier(space, tmp_path / 'wide', in_channels=5)
+  with pytest.raises(UserError, match='has in_channels 5'):
+    AdapterOptions(classifier=other).apply(*plain, needed)
+  with pytest.raises(UserError, match='--classifier DIR and --classifier_guidance S'):
+    AdapterOptions().apply(*plain, needed)
+  with pytest.raises(UserError, match='--classifier DIR and --classifier_guidance S'):
+    AdapterOptions(classifier=other).apply(*plain)
+  with pytest.raises(UserError, match='classifier_guidance is given, but the model has no such'):
+    model.check_sampling(SampleConfig(classifier_guidance=1.0))

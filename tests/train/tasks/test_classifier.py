@@ -19,6 +19,7 @@ from diffusion_jax.evaluation.extractors.images import (
 from diffusion_jax.formats.networks import load_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
+from diffusion_jax.run import TrainedRun
 from diffusion_jax.train.tasks.classifier import (
   ClassifierTask,
   ClassifierTaskConfig,
@@ -182,12 +183,52 @@ def test_images_of_other_sizes_are_resized_as_for_training():
     assert np.abs(wanted[0] - wanted[1]).max() > 0.05
 
 
+@pytest.fixture(scope='module')
+def noised_run(run, once, command):
+  """Folder of a run on the same pictures under the noise of a flow."""
+  settings = {'noised': {'space': {'type': 'pixels'}, 'schedule': {'process': 'flow'}}}
+
+  def make(folder):
+    values = classifier_config(run / 'pictures', **settings)
+    config = tiny.write_config(folder / 'recipe.py', values)
+    assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
+
+  return once('trained_noised_classifier', make) / 'run'
+
+
+def test_one_of_noised_pictures_knows_less_the_more_noise_there_is(noised_run):
+  scores = json.loads((noised_run / 'scores.json').read_text())
+  assert scores['test']['accuracy'] > 0.9 and scores['noise_0.5']['accuracy'] > 0.8
+  losses = [scores[name]['loss'] for name in ('test', 'noise_0.5', 'noise_1', 'noise_4')]
+  assert losses == sorted(losses) and scores['noise_4']['loss'] < 1.6 * math.log(3)
+  lines = tiny.metrics(noised_run)
+  assert lines[40]['loss'] < 0.8 * lines[1]['loss']
+
+
+def test_one_of_noised_pictures_is_told_how_much_noise_there_is(noised_run):
+  """What is exported is read again as it was, and guides, but has no features to compare."""
+  config, params = load_params('classifier', noised_run / 'model')
+  assert (config.noised, config.in_channels, config.class_names) == ('pixels', 3, CLASSES)
+  network = Network.of(Classifier, config).bind(params)
+  x = _batch()['image']
+  low, high = (network(x, jnp.full(len(x), t))[1] for t in (100.0, 600.0))
+  assert np.abs(low - high).max() > 0.1
+  trained = TrainedRun(str(noised_run)).params()
+  assert trained.keys() == params.keys()
+  for name, value in params.items():
+    np.testing.assert_array_equal(value, trained[name])
+  with pytest.raises(UserError, match='is a classifier of noised pixels'):
+    load_classifier_extractor(noised_run / 'model')
+
+
 @pytest.mark.parametrize(('section', 'changes', 'words'), [
   ('data', {'size': 32}, 'data.size is 32, but settings.classifier.image_size is 16'),
   ('data', {'caption': 'a thing'}, 'data.caption has no effect'),
   ('data', {'transforms': ['normalize']}, 'data.transforms of a classifier need label'),
   ('settings', {'classifier': SMALL | {'class_names': ['across', 'down']}}, "the label 'plain'"),
   ('settings', {'classifier': SMALL | {'image_size': 18}}, '18; it must be a multiple of 4'),
+  ('settings', {'classifier': SMALL, 'noised': {'space': {'type': 'pixels', 'patch': 2}}},
+   'data.size is 16, but settings.classifier.image_size is 32'),
 ])
 def test_what_does_not_fit_is_named(run, fails, tmp_path, section, changes, words):
   values = classifier_config(run / 'pictures')
