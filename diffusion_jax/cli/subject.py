@@ -25,7 +25,7 @@ from diffusion_jax.evaluation.options import CaptionOptions
 from diffusion_jax.evaluation.report import TESTED
 from diffusion_jax.evaluation.report import of_model as about_model
 from diffusion_jax.formats.networks import resolve
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.run import TrainedRun
 from diffusion_jax.sizes import scored_at
 from diffusion_jax.viz.sweep import short

@@ -28,7 +28,7 @@ from diffusion_jax.pipelines.guides import (
   told_noise,
   views_of,
 )
-from diffusion_jax.pipelines.image_conditioners import Inputs
+from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace
 from diffusion_jax.pixels import to_uint8
