@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   config = ddpm.get_config()
   settings = config.settings
-  settings.denoiser.out_channels = 96
+  settings.denoiser.out_channels = 6
   settings.schedule = ConfigDict({'beta_schedule': 'cosine', 'beta_start': 0.0, 'beta_end': 0.999})
   settings.objective = ConfigDict({
     'prediction': 'epsilon', 'loss': 'hybrid', 'learned_variance': True, 'decoder': 'discretized',
