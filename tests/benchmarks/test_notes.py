@@ -108,8 +108,16 @@ def test_entries_are_kept_in_the_order_of_the_systems(tmp_path, monkeypatch):
   monkeypatch.setattr(notes, 'ALL', systems)
   notes.add('other', {key: ENTRY[key] for key in ('train_seconds', 'parameters')})
   notes.add('latent_diffusion', ENTRY | {'steps': 4})
-  notes.add('latent_diffusion', ENTRY)
-  assert next(iter(json.loads(notes.FIGURES.read_text()).values())) == ENTRY
+  entry = ENTRY | {'seconds_a_picture': 0.05}
+  notes.add('latent_diffusion', entry)
+  assert next(iter(json.loads(notes.FIGURES.read_text()).values())) == entry
   _, _, first, second = notes.table().splitlines()
-  assert '| 10 min | 2.5 M | 20.2 (271) | 49.3 | 0.22 |  |' in first
+  assert '| 10 min | 2.5 M | 20.2 (271) | 49.3 | 0.22 |  | 0.05 |' in first
   assert second.startswith('| 5. Other | `configs/openmoji/dit_flow.py` | 10 min | 2.5 M |  |  |')
+
+
+def test_drawing_is_timed_with_the_options_of_the_system(finished, monkeypatch):
+  system = notes.SYSTEMS['ddim']._replace(weights=str(finished / 'model'), prompts=('red heart',))
+  few, many = (system._replace(options=('--steps', steps)) for steps in ('1', '40'))
+  monkeypatch.setattr(notes, 'ALL', {'few': few, 'many': many})
+  assert 0 < 4 * notes.seconds_a_picture('few') < notes.seconds_a_picture('many')
