@@ -174,7 +174,7 @@ def text_box(session: Session | str = '', **settings: Any) -> Callable[..., None
     settings: of `Session.sample`, in place of the model's own.
   """
   _ipython('display')
-  session = session if isinstance(session, Session) else Session.open(session)
+  session = Session.opened(session)
 
   def draw(prompt: str, **more: Any) -> None:
     pictures = [image for image, _ in session.sample(prompt, **settings | more)]

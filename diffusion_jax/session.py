@@ -41,16 +41,23 @@ class Session:
   adapters: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @classmethod
-  def open(
-    cls, model: str = '', workdir: str = '', adapters: AdapterOptions = AdapterOptions()  # noqa: B008
-  ) -> Session:
-    """Open a model directory or 'asset:NAME', or a run; without either the model of the package."""
+  def of(cls, source: ModelOptions, adapters: AdapterOptions | None = None) -> Session:
+    """Open what the options of a command name."""
     enable_compile_cache()
-    mesh = make_mesh(MeshConfig())
-    source = ModelOptions(workdir=workdir, model=model)
-    opened, weights, config, name = open_model(source, {}, mesh)
-    opened, weights = adapters.apply(opened, weights)
-    return cls(opened, opened.on_mesh(weights, mesh), config, name, mesh, adapters.named())
+    mesh, adapters = make_mesh(MeshConfig()), adapters or AdapterOptions()
+    model, weights, config, name = open_model(source, {}, mesh)
+    model, weights = adapters.apply(model, weights)
+    return cls(model, model.on_mesh(weights, mesh), config, name, mesh, adapters.named())
+
+  @classmethod
+  def open(cls, model: str = '', workdir: str = '') -> Session:
+    """Open a model directory or 'asset:NAME', or a run; without either the model of the package."""
+    return cls.of(ModelOptions(workdir=workdir, model=model))
+
+  @classmethod
+  def opened(cls, model: Session | str) -> Session:
+    """Return an opened model as it is, and open one of that name."""
+    return model if isinstance(model, Session) else cls.open(model)
 
   @property
   def settings(self) -> set[str]:

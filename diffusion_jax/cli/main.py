@@ -10,6 +10,7 @@ from diffusion_jax.cli import (
   classify,
   configs,
   convert,
+  demo,
   evaluate,
   prepare,
   report,
@@ -23,6 +24,7 @@ from diffusion_jax.errors import Diverged, UserError
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
   'convert': convert, 'classify': classify, 'search': search, 'configs': configs,
+  'demo': demo,
 }
 
 CHANGE_CONFIGS = ('train', 'prepare')
