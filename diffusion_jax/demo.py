@@ -225,15 +225,15 @@ def _settings(gradio: ModuleType, limits: Limits) -> dict[str, Any]:
 
 def _picture_fields(gradio: ModuleType, session: Session) -> dict[str, Any]:
   """Return an editor to paint a mask in, and what else the model needs."""
-  needs = session.needs
-  fields = {}
+  needs, fields = session.needs, {}
+  radius = max(1, min(session.model.trained_size) // 16)  # Gradio's own covers small pictures.
   for name in (name for name in UPLOADS if name in needs):
     fields[name] = gradio.Image(type='filepath', label=UPLOADS[name], sources=['upload'])
   with gradio.Accordion('Start from a picture', open='image' in needs):
     fields['editor'] = gradio.ImageEditor(
       label='Paint over what is to be drawn anew; without paint all of it is',
       type='filepath', format='png', sources=['upload', 'clipboard'], transforms=(), layers=False,
-      brush=gradio.Brush(colors=[('#d55e00', 0.7)], color_mode='fixed'), elem_id='editor',
+      brush=gradio.Brush(radius, [('#d55e00', 0.7)], color_mode='fixed'), elem_id='editor',
     )
     fields['strength'] = gradio.Slider(
       0.05, 1, 1 if 'image' in needs else STRENGTH, step=0.05,

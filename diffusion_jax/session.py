@@ -46,7 +46,7 @@ class Session:
     enable_compile_cache()
     mesh, adapters = make_mesh(MeshConfig()), adapters or AdapterOptions()
     model, weights, config, name = open_model(source, {}, mesh)
-    model, weights = adapters.apply(model, weights)
+    model, weights = adapters.apply(model, weights, config.guides)
     return cls(model, model.on_mesh(weights, mesh), config, name, mesh, adapters.named())
 
   @classmethod

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.parse
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,10 @@ from PIL import Image
 
 from diffusion_jax import demo
 from diffusion_jax.cli.demo import Limits
+from diffusion_jax.config import typed
 from diffusion_jax.errors import UserError
+from diffusion_jax.pipelines.generator import OfOneSize
+from diffusion_jax.pipelines.vae import VAESampleConfig
 from diffusion_jax.session import Session
 from tests import tiny
 from tests.tiny import ROOT
@@ -85,7 +89,7 @@ def served(model, small_data, tmp_path_factory):
 def page(browser, served):
   """The page in a tab of its own; every request of it must go to the server."""
   tab, asked = browser.new_page(viewport={'width': 1300, 'height': 1600}), []
-  tab.set_default_timeout(30_000)
+  tab.set_default_timeout(60_000)
   tab.on('request', lambda request: asked.append(request.url))
   tab.goto(served[0])
   tab.get_by_label('Prompt', exact=True).wait_for()
@@ -155,7 +159,7 @@ def test_a_brush_says_what_is_painted(page, tmp_path):
   part, metadata = downloaded(page)
   changed = (part != colors).any(axis=-1)
   half = slice(tiny.SIZE // 2 - 1, tiny.SIZE // 2 + 1)
-  assert changed[half, half].any() and 0 < changed.mean() < 0.5 and not changed[:4].any()
+  assert changed[half, half].any() and changed.mean() < 0.1  # A stroke through the middle.
   assert metadata['mask'] == 'painted' and 'strength' not in metadata
 
 
@@ -187,6 +191,42 @@ def test_limits_hold_whoever_asks(session, asked, said):
   whole = {'prompt': 'sun', 'negative': '', 'seed': 0, 'count': 1, 'size': '', 'steps': 1}
   with pytest.raises(UserError, match=said):
     next(desk.draw(whole | asked))
+
+
+class Plain(OfOneSize):
+  """A model that draws one color, of no prompt and at one size."""
+
+  networks: ClassVar = {}
+  trained_size = (8, 16)
+
+  def check_config(self, config):
+    typed(type(config), vars(config), '')
+
+  def rows(self, prompts, *_, **__):
+    return {}
+
+  def sample(self, weights, prompts, config, **how):
+    for _ in prompts:
+      yield np.full((1, *self.trained_size, 3), config.temperature - 1, np.float32)
+
+
+def test_a_model_of_another_kind_has_the_fields_that_mean_something_to_it(session, monkeypatch):
+  gradio = pytest.importorskip('gradio')
+  fields = lambda session: set(demo._fields(gradio, session, Limits())[0])
+  plain = Session(Plain(), {}, VAESampleConfig(), 'plain', session.mesh)
+  with gradio.Blocks():
+    assert fields(plain) == {'prompt', 'temperature', 'seed', 'count'}
+    own = {'prompt', 'negative', 'sampler', 'steps', 'guidance', 'seed', 'count', 'size'}
+    assert fields(session) == own | {'editor', 'strength'}
+    monkeypatch.setattr(Session, 'needs', ['control', 'image'])
+    assert fields(session) == own | {'editor', 'strength', 'control'}
+  asked = {'prompt': 'any', 'seed': 0, 'count': 2, 'temperature': 2.0}
+  drawn = list(demo.Desk(plain, Limits()).draw(asked))
+  assert [metadata['index'] for _, metadata in drawn] == ['0', '1']
+  image = np.asarray(Image.open(drawn[0][0]))
+  assert image.shape == (8, 16, 3) and (image == 255).all()
+  with pytest.raises(UserError, match='temperature'):
+    next(demo.Desk(plain, Limits()).draw(asked | {'temperature': -1.0}))
 
 
 def test_files_are_kept_for_a_while(monkeypatch):
