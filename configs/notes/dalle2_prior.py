@@ -4,8 +4,10 @@ P(picture | caption) = P(picture | embedding) P(embedding | caption). The prior 
 of the 128 numbers of CLIP's embedding of a picture: a causal transformer reads the caption, CLIP's
 embedding of it, the time and the noised embedding, and a last token becomes the estimate of the
 clean one, with a squared error (section 2.2). It takes the run of `dalle2_decoder`; the model that
-it writes is both. Two pictures' embeddings may be interpolated (`pipelines.unclip.interpolated`,
-section 3.2).
+it writes is both. Between the embeddings of two pictures or prompts lie others (section 3.2):
+
+  python -m diffusion_jax sample --model runs/notes/dalle2_prior/model --prompt 'cat face' \
+    --image cat.png --to dog.png --interpolate 9 --out strip
 
 The paper: 1 billion parameters, 1000 steps of a cosine schedule and 64 of sampling for the prior of
 a ViT-H/16's embeddings of 1024 numbers, of two drawn the better (table 3, section 2.2); FID 10.39

@@ -12,18 +12,13 @@ The paper: 128 x 128 pixels of ImageNet <-> 32 x 32 codes of 512 (section 4.2), 
 per dimension of CIFAR-10 (section 4.1). Parti and MaskGIT stand on such codes.
 """
 
-from diffusion_jax.configs.base import base
+from diffusion_jax.configs.openmoji import autoencoder
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  config = base('autoencoder')
+  config = autoencoder.get_config()
   config.data.size = 32
-  config.data.transforms = (
-    ('random_resized_crop', {'scale': (0.7, 1.0), 'ratio': (0.8, 1.25)}),
-    ('random_flip', {'keep_sided': False}),
-    ('normalize', {}),
-  )
   config.settings = ConfigDict({
     'autoencoder': {
       'latent_channels': 16, 'block_out_channels': (32, 64, 64), 'layers_per_block': 1,
@@ -32,12 +27,5 @@ def get_config() -> ConfigDict:
     'bottleneck': {'type': 'vq', 'codes': 512, 'decay': 0.99, 'commitment': 0.25},
     'reconstruction': 'l2', 'adversarial_weight': 0.0,
   })
-  config.optimizer.update({
-    'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 100, 'b2': 0.99,
-    'weight_decay': 1e-4,
-  })
-  config.loop.update({
-    'total_steps': 1000, 'batch_size': 16, 'ema_halflife_images': 1000.0,
-    'checkpoint_every_steps': 250, 'sample_every_steps': 500, 'evaluate_samples': 379,
-  })
+  config.loop.update({'total_steps': 1000, 'batch_size': 16, 'checkpoint_every_steps': 250})
   return config

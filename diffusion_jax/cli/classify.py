@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from diffusion_jax.cli.options import add_options, read_options
+from diffusion_jax.cli.options import add_options, read_options, writing
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.options import CLIP
 from diffusion_jax.limits import Help, Positive
@@ -114,12 +113,8 @@ def run(args: argparse.Namespace) -> int:
   show(answers, [*images.notes, *embedded.errors], options.top)
   if options.out:
     settings = {'clip': features.extractor.name, 'classes': classes, 'templates': templates}
-    out = Path(options.out)
-    try:
-      out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(options.out) as out:
       zero_shot.write(out, answers, options.top, settings)
-    except OSError as error:
-      raise UserError(f'--out {out} cannot be written to ({error}).') from error
     print(f'written to {out} and {out.with_suffix(".csv").name}')
   return 0
 

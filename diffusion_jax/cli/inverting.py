@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 STEPS, MOST = 50, 1000
 """Steps if nothing is said, and most frames of a strip."""
 LATENTS = 'inverted.npy'
+NOISE = 'noise'
+"""One of `Generator.interpolates`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,8 @@ class InvertOptions:
   )] = ''
   interpolate: Annotated[Annotated[int, Range(2, MOST)] | None, Help(
     'so many pictures on the way from --image to --to, or between the first two prompts; their '
-    'noises lie on a great circle, and a strip of them is grid.png', 'N'
+    "noises, or of a model of CLIP's embeddings these, lie on a great circle, and a strip of them "
+    'is grid.png', 'N'
   )] = None
   inversion_calls: Annotated[Annotated[int, Range(1, 100)] | None, Help(
     'with --invert or --image and --to: network calls that undo a step, the more the nearer '
@@ -72,13 +75,20 @@ class InvertOptions:
       )
 
   def check_model(self, model) -> None:
-    """Raise UserError for a model whose pictures are not of one noise."""
-    if self.wanted and not hasattr(model, 'guided'):
+    """Raise UserError for a model that has no such way."""
+    if not self.wanted or model.interpolates == NOISE:
+      return
+    if not model.interpolates:
       raise UserError('the model draws from no one noise; leave --invert and --interpolate out.')
+    if self.invert or self.inversion_calls is not None:
+      raise UserError(
+        'the model draws by embeddings, which are not inverted; leave --invert and '
+        '--inversion_calls out.'
+      )
 
-  def settings(self, config, values: Mapping[str, Any]):
+  def settings(self, model, config, values: Mapping[str, Any]):
     """Return the settings to invert with: what was given, else DDIM's in many steps, unguided."""
-    if not (self.invert or self.to):
+    if model.interpolates != NOISE or not (self.invert or self.to):
       return config
     from diffusion_jax.pipelines.inversion import SAMPLER, check
 
@@ -93,12 +103,15 @@ class InvertOptions:
 
   def run(
     self, model, weights, prompts: Sequence[str], config, image: str, out: Path,
-    shape: tuple[int, ...], *, mesh, negative: str, **sized: int,
+    drawn: tuple[int, int], *, mesh, negative: str, **sized: int,
   ) -> tuple[Iterator[np.ndarray], list[str]]:
     """Return (batches of pictures, uint8, the prompt of each) of --invert or --interpolate.
 
-    shape: of one z. sized: seed, height, width and batch_size.
+    drawn: the size that is drawn. sized: seed, height, width and batch_size.
     """
+    if model.interpolates != NOISE:
+      how = {'mesh': mesh, 'seed': sized['seed'], 'batch_size': sized['batch_size']}
+      return self._embedded(model, weights, prompts, config, image, drawn, negative, **how)
     import numpy as np
 
     from diffusion_jax.diffusion.samplers import initial_noise
@@ -108,6 +121,7 @@ class InvertOptions:
     how = {'mesh': mesh, 'negative': negative}
     ends = [prompts[0], prompts[-1]] if self.interpolate else list(prompts)
     if not image:
+      shape = model.space.shape(*drawn)
       noise = np.asarray(initial_noise(sized['seed'], 0, 2, shape)[0])
     else:
       pictures = read([image, *filter(None, [self.to])], sized['height'], sized['width'])
@@ -126,8 +140,25 @@ class InvertOptions:
     frames = inversion.strip(
       model, weights, noise, ends, self.interpolate, config, **how, **sized
     )
-    count = self.interpolate
-    return map(to_uint8, frames), [ends[2 * i >= count] for i in range(count)]
+    return map(to_uint8, frames), self._nearer(ends)
+
+  def _nearer(self, ends: Sequence[str]) -> list[str]:
+    """Return the prompt of the nearer end for each of a strip."""
+    return [ends[2 * i >= self.interpolate] for i in range(self.interpolate)]
+
+  def _embedded(
+    self, model, weights, prompts: Sequence[str], config, image: str, drawn: tuple[int, int],
+    negative: str, **how,
+  ) -> tuple[Iterator[np.ndarray], list[str]]:
+    """As `run`, of a strip between the embeddings of pictures, or of those drawn for prompts."""
+    from diffusion_jax.pixels import to_uint8
+
+    ends = [prompts[0], prompts[-1]]
+    if image:
+      found = model.embed(weights, read([image, self.to], *drawn))
+    else:
+      found = model.embeddings(weights, ends, config, negative=negative, **how)
+    return map(to_uint8, model.strip(weights, found, self.interpolate, **how)), self._nearer(ends)
 
 
 def read(files: Sequence[str], height: int, width: int) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Options of commands: dataclasses whose fields have a `Help`, and what several commands share."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from diffusion_jax.config import typed
@@ -24,6 +26,17 @@ OF_MODEL = (
   'shift_terminal',
 )
 """Of `places`, what another sampler takes over: how noise levels depend on the image's size."""
+
+
+@contextlib.contextmanager
+def writing(out: str) -> Iterator[Path]:
+  """Yield --out as a path whose folder is there. UserError where it cannot be written to."""
+  path = Path(out)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield path
+  except OSError as error:
+    raise UserError(f'--out {out} cannot be written to ({error}).') from error
 
 
 @dataclasses.dataclass(frozen=True)

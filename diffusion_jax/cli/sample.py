@@ -282,7 +282,7 @@ def check_options(
   """Raise UserError for options that do not fit a model, before its weights are read."""
   inverting.check_model(model)
   given = [name for part in (pictures, edit) for name in part.given()]
-  if given and not model.takes_pictures:
+  if given and not (model.takes_pictures or inverting.wanted):
     raise UserError(f'the model takes no pictures; leave --{given[0]} out.')
   size, _ = fits(model, config)
   if model.takes_pictures:
@@ -334,7 +334,7 @@ def sample(
   check = lambda *found: check_options(*found, pictures, edit, inverting, fits)
   model, weights, config, name = open_model(source, values, mesh, check)
   config, refiner = refining.read(model, config, values)
-  config = inverting.settings(config, values)
+  config = inverting.settings(model, config, values)
   model, weights = adapters.apply(model, weights, config.guides)
   model = tiled(model, edit.tiling)
   drawn, (height, width) = fits(model, config)
@@ -357,7 +357,7 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     if inverting.wanted:
       batches, prompts = inverting.run(
-        model, weights, prompts, config, pictures.image, out, model.space.shape(*drawn), **how
+        model, weights, prompts, config, pictures.image, out, drawn, **how
       )
     elif refiner is None:
       batches = first()

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from diffusion_jax.cli.options import add_options, read_options
+from diffusion_jax.cli.options import add_options, read_options, writing
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.options import CLIP
 from diffusion_jax.limits import Help, Range
@@ -89,9 +89,7 @@ def run(args: argparse.Namespace) -> int:
     f'{embedded.computed:,} of them were new and are embedded now.',
     *images.notes, *embedded.errors,
   ]
-  out = Path(options.out)
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
+  with writing(options.out) as out:
     write_search_page(out, results, about)
     found = [
       {'query': result.query, 'found': [
@@ -100,8 +98,6 @@ def run(args: argparse.Namespace) -> int:
     ]
     with atomic_write(out.with_suffix('.json')) as file:
       file.write((json.dumps(found, indent=2, ensure_ascii=False) + '\n').encode())
-  except OSError as error:
-    raise UserError(f'--out {out} cannot be written to ({error}).') from error
   show(results, about)
   print(f'written to {out} and {out.with_suffix(".json").name}')
   return 0

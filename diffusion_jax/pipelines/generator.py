@@ -42,6 +42,10 @@ class Generator(abc.ABC):
   """True if it may be conditioned on pictures, see `inputs.Inputs`."""
   stages: Sequence[Any] = ()
   """Models that enlarge what it draws, as it is drawn."""
+  interpolates: ClassVar[str] = ''
+  """Between what of two pictures others lie: 'noise', 'embeddings' or, where nothing does, ''."""
+  embedding_dim: int | None = None
+  """Numbers of an embedding, of a model that draws such."""
   numbers: bool = False
   """True if what it draws is kept as numbers, too."""
   takes_classes: bool = False

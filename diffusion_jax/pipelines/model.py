@@ -91,6 +91,7 @@ class Diffusion(ImageSizes, Generator):
   programs: set = dataclasses.field(init=False, default_factory=set, repr=False)
   drawn_by: ClassVar = DENOISER
   takes_pictures: ClassVar = True
+  interpolates: ClassVar = 'noise'
 
   @property
   def likelihood(self) -> str:
@@ -118,6 +119,10 @@ class Diffusion(ImageSizes, Generator):
   @property
   def numbers(self) -> bool:
     return self.space.numbers
+
+  @property
+  def embedding_dim(self) -> int | None:
+    return self.space.embedding_dim
 
   def drawn(self, batch: np.ndarray) -> np.ndarray:
     return self.space.drawn(batch)

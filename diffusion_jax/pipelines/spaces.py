@@ -75,6 +75,8 @@ class Space(abc.ABC):
   """Names of the moments."""
   random: ClassVar[bool] = False
   """True if `sample` needs its key."""
+  embedding_dim: int | None = None
+  """Numbers of an embedding, of a space of such."""
   numbers: ClassVar[bool] = False
   """True if examples are more than pictures of them: files of them hold their numbers, too."""
 

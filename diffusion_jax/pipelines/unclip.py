@@ -7,11 +7,12 @@ has them as folders of their own, so that the decoder alone varies a given pictu
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.diffusion.samplers import initial_noise
 from diffusion_jax.errors import require
 from diffusion_jax.files import INDEX, inside, reading
 from diffusion_jax.formats.networks import Part, resolve
@@ -39,17 +40,24 @@ class UnCLIP(OfOneSize):
   decoder: Diffusion
   decoding: SampleConfig
 
+  interpolates: ClassVar = 'embeddings'
+
   def __post_init__(self):
-    width = getattr(getattr(self.prior, 'space', self.prior), 'embedding_dim', None)
+    width = self.prior.embedding_dim
     require(
       width is not None, 'the prior draws no embeddings; give one whose space is embeddings.'
     )
-    readers = [c for c in self.decoder.conditioners.values() if isinstance(c, ImageEncoder)]
     require(
-      bool(readers) and readers[0].width == width,
+      self.encoder is not None and self.encoder.width == width,
       f'the prior draws embeddings of {width} numbers, which the decoder does not read; '
       'give one that was trained on those of the same CLIP.',
     )
+
+  @property
+  def encoder(self) -> ImageEncoder | None:
+    """The decoder's conditioner of pictures, as whose embeddings it reads those that are drawn."""
+    found = (c for c in self.decoder.conditioners.values() if isinstance(c, ImageEncoder))
+    return next(found, None)
 
   @property
   def networks(self):
@@ -87,6 +95,18 @@ class UnCLIP(OfOneSize):
   ) -> np.ndarray:
     """Draw embeddings of pictures, float32 [n p]; `how` as of `Diffusion.sample`."""
     return np.concatenate(list(self.prior.sample(under(PRIOR, weights), prompts, config, **how)))
+
+  def embed(self, weights: Mapping[str, Any], pictures: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [n h w 3] -> CLIP's embeddings of them, float32 [n p]."""
+    rows = self.encoder.examples(pictures)
+    return np.asarray(self.encoder.encode(under(DECODER, weights), rows)['text'])[:, 0]
+
+  def strip(self, weights: Mapping[str, Any], ends: np.ndarray, frames: int, *, seed: int, **how):
+    """Yield images on the way between two embeddings [2 p], all of one noise; see `interpolated`.
+    """
+    shape = self.decoder.space.shape(*self.trained_size)
+    noise = np.repeat(np.asarray(initial_noise(seed, 0, 1, shape)[0]), frames, axis=0)
+    yield from self.decode(weights, interpolated(*ends, frames), noise=noise, seed=seed, **how)
 
   def decode(self, weights: Mapping[str, Any], embeddings: np.ndarray, **how):
     """Yield images of embeddings [n p], float32 [b h w 3]; `how` as of `Diffusion.sample`."""

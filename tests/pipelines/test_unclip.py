@@ -130,6 +130,14 @@ def test_a_run_and_its_directory_draw_the_same_and_are_scored(
   ]
   np.testing.assert_array_equal(*drawn)
   assert drawn[0].shape == (tiny.SIZE, tiny.SIZE, 3)
+  strip = ('--prompt', 'red apple', '--prompt', 'sun', '--seed', 1, '--interpolate', 3)
+  assert command('sample', '--model', run / 'model', *strip, '--out', tmp_path / 'strip') == 0
+  first, middle, last = (
+    np.asarray(Image.open(file), int) for file in sorted((tmp_path / 'strip').glob('0*.png'))
+  )
+  # All of one noise, that of the first picture of this seed; batches round in another way.
+  assert np.abs(first - drawn[1]).max() <= 1
+  assert 0 < np.abs(first - middle).sum() < np.abs(first - last).sum()
   source = ('--model', run / 'model' / 'prior', '--prompt', 'sun', '--out', tmp_path / 'none')
   assert 'draws embeddings and no pictures' in fails('sample', *source)
 
@@ -156,6 +164,27 @@ def test_the_decoder_draws_of_an_embedding_what_it_draws_of_its_picture(run, dec
     own = whole.embeddings(every, prompts, config, **how)
     np.testing.assert_allclose(next(whole.decode(every, own, **how)), images, atol=1e-5)
   assert own.shape == (2, CONFIG.projection_dim)
+
+
+def test_a_strip_between_pictures_begins_with_a_variation_of_the_first(
+  run, decoder, sources, command, fails, tmp_path
+):
+  for name, index in {'a.png': 0, 'b.png': 1}.items():
+    Image.fromarray(sources[1][index]['image']).save(tmp_path / name)
+  common = ('--prompt', '', '--seed', 3)
+  between = ('--image', tmp_path / 'a.png', '--to', tmp_path / 'b.png', '--interpolate', 2)
+  of_whole = ('sample', '--model', run / 'model', *common)
+  assert command(*of_whole, *between, '--out', tmp_path / 'strip') == 0
+  reference = ('--reference', tmp_path / 'a.png', '--out', tmp_path / 'one')
+  assert command('sample', '--model', decoder, *common, *reference) == 0
+  of = lambda folder: [
+    np.asarray(Image.open(file), int) for file in sorted((tmp_path / folder).glob('0*.png'))
+  ]
+  (first, last), (one,) = of('strip'), of('one')
+  np.testing.assert_array_equal(first, one)
+  assert (last != one).any()
+  image = ('--image', tmp_path / 'a.png', '--invert', '--out', tmp_path / 'none')
+  assert 'which are not inverted' in fails(*of_whole, *image)
 
 
 def test_a_prior_of_another_clip_is_refused(run, decoder):
