@@ -8,7 +8,7 @@ from PIL import Image
 
 from diffusion_jax.cli import sample
 from diffusion_jax.cli.main import make_parser
-from diffusion_jax.pipelines import image_conditioners
+from diffusion_jax.pipelines import inputs
 from tests import tiny
 
 PROMPTS = ('red apple', 'cat face', 'sun')
@@ -203,7 +203,7 @@ def test_the_exported_model_draws_the_same(draw, pictures, finished):
 
 
 def test_the_help_names_the_strength_that_is_used():
-  assert sample.STRENGTH == image_conditioners.STRENGTH
+  assert sample.STRENGTH == inputs.STRENGTH
 
 
 def test_a_single_file_is_told_how_it_becomes_a_directory(fails, tmp_path):
