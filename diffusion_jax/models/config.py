@@ -69,6 +69,25 @@ class NetworkConfig:
     )
 
 
+class LevelsConfig(NetworkConfig):
+  """What follows from the levels of any U-Net, and from whether it takes labels."""
+
+  @property
+  def factor(self) -> int:
+    """Height and width of x must be multiples of this."""
+    return 2 ** (len(self.block_out_channels) - 1)
+
+  @property
+  def time_features(self) -> int:
+    """Width of the time embedding."""
+    return 4 * self.block_out_channels[0]
+
+  @property
+  def labelled(self) -> bool:
+    """True if the embedding of a label is added to that of the time."""
+    return self.class_embed_type is not None or self.num_class_embeds is not None
+
+
 @functools.cache
 def _hints(config: type) -> dict[str, Any]:
   return typing.get_type_hints(config, include_extras=True)

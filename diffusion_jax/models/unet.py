@@ -24,7 +24,7 @@ from diffusion_jax.models.config import (
   Epsilon,
   Layers,
   LayersPerLevel,
-  NetworkConfig,
+  LevelsConfig,
   PerLevel,
   Width,
   Widths,
@@ -63,7 +63,7 @@ THOUSAND = 1000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderConfig(NetworkConfig):
+class EncoderConfig(LevelsConfig):
   """Shape of the half that a U-Net and its ControlNets share, from the input to the mid block.
 
   The defaults are Stable Diffusion 1's. Where a field takes one value or one per level, levels
@@ -161,20 +161,10 @@ class EncoderConfig(NetworkConfig):
     return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
   @property
-  def factor(self) -> int:
-    """Height and width of the latents must be multiples of this."""
-    return 2 ** (len(self.block_out_channels) - 1)
-
-  @property
-  def time_features(self) -> int:
-    """Width of the time embedding."""
-    return 4 * self.block_out_channels[0]
-
-  @property
   def conditions(self) -> Shapes:
     """Required conditions, see `models.denoiser`."""
     shapes = {'text': (None, self.cross_attention_dim)}
-    if self.class_embed_type is not None or self.num_class_embeds is not None:
+    if self.labelled:
       projected = self.class_embed_type == 'projection'
       shapes['labels'] = (self.projection_class_embeddings_input_dim,) if projected else ()
     if self.addition_embed_type == 'text_time':

@@ -12,7 +12,7 @@ from diffusion_jax.models.config import (
   Edge,
   Epsilon,
   Layers,
-  NetworkConfig,
+  LevelsConfig,
   PerLevel,
   Width,
   Widths,
@@ -25,7 +25,7 @@ Up = Literal['UpBlock2D', 'AttnUpBlock2D']
 
 
 @dataclasses.dataclass(frozen=True)
-class UNet2DConfig(NetworkConfig):
+class UNet2DConfig(LevelsConfig):
   """The keys of a diffusers UNet2DModel config.json; a tuple has a value for each level.
 
   attention_head_dim: channels of a head; None for one head; a tuple, which diffusers does not have,
@@ -96,20 +96,9 @@ class UNet2DConfig(NetworkConfig):
     return 'AttnMidBlock2D' if self.add_attention else 'UNetMidBlock2D'
 
   @property
-  def factor(self) -> int:
-    """Height and width of x must be multiples of this."""
-    return 2 ** (len(self.block_out_channels) - 1)
-
-  @property
-  def time_features(self) -> int:
-    """Width of the time embedding."""
-    return 4 * self.block_out_channels[0]
-
-  @property
   def conditions(self) -> Shapes:
     """What a call must be conditioned on."""
-    labelled = self.num_class_embeds is not None or self.class_embed_type is not None
-    return {'labels': ()} if labelled else {}
+    return {'labels': ()} if self.labelled else {}
 
   def trained_at(self, height: int, width: int) -> 'UNet2DConfig':
     """Return the config of the same network, trained on x of that size."""
