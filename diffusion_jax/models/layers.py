@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
-from diffusion_jax.backend.cpu import add_bias
+from diffusion_jax.backend.cpu import add_bias, convolve
 from diffusion_jax.models import kernels
 from diffusion_jax.models.network import PLAIN, Compute
 from diffusion_jax.models.norms import GroupNorm
@@ -20,9 +19,6 @@ from diffusion_jax.parallel.layout import constrain
 
 # PyTorch's default, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), from which the references were trained.
 kernel_init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-
-
-LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 
 
 class Conv(nnx.Module):
@@ -64,9 +60,7 @@ class Conv(nnx.Module):
       around = [pad if wraps else none for pad, wraps in axes]
       x = jnp.pad(x, (none, *around, none), mode='wrap')
       padding = [none if wraps else pad for pad, wraps in axes]
-    return lax.conv_general_dilated(
-      x, kernel, (self.stride, self.stride), padding, dimension_numbers=LAYOUT
-    )
+    return convolve(x, kernel, self.stride, tuple(padding))
 
   def _disjoint(self, shape: tuple[int, ...]) -> bool:
     """Return whether windows tile the input, so that the convolution is one matrix product."""

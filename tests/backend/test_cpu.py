@@ -1,5 +1,7 @@
 """Sums as products: their values, and what XLA for CPUs makes of them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,34 @@ def test_the_gradient_of_a_bias_is_summed_in_float32():
   dx, db = back(jnp.ones_like(y))
   # A sum in bfloat16 of ones would have stopped at 256.
   assert (dx == 1).all() and dx.dtype == jnp.bfloat16 and (db == 4096).all()
+
+
+@pytest.mark.parametrize(('stride', 'padding'), [(1, ((1, 1), (0, 2))), (2, ((0, 1), (1, 1)))])
+def test_a_convolution_and_its_derivatives_of_both_orders_and_modes(stride, padding, monkeypatch):
+  x, kernel = jnp.asarray(X.reshape(2, 10, 10, 12)), jnp.asarray(RNG.normal(0, 0.1, (3, 3, 12, 5)))
+  kernel = kernel.astype(jnp.float32)
+  one = lambda x, kernel: jnp.sin(cpu.convolve(x, kernel, stride, padding)).sum()
+  both = jax.grad(one, (0, 1))
+  forward = lambda x, kernel: jax.jvp(both, (x, kernel), (x**2, kernel * 3))[1]
+  backward = jax.grad(lambda x, kernel: sum((g**2).sum() for g in both(x, kernel)), (0, 1))
+  run = jax.jit(lambda *at: (one(*at), both(*at), forward(*at), backward(*at)))
+  found = run(x, kernel)
+  monkeypatch.setattr(cpu, 'on_cpu', lambda: False)
+  wanted = jax.jit(lambda *at: (one(*at), both(*at), forward(*at), backward(*at)))(x, kernel)
+  for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-3 * float(jnp.abs(plain).max()))
+
+
+@pytest.mark.parametrize('here', [True, False])
+def test_the_gradient_of_a_convolution_is_one_that_libraries_know_in_a_loop(here, monkeypatch):
+  """It is why `convolve` is there: XLA does not put the axes of kernels in order within loops."""
+  monkeypatch.setattr(cpu, 'on_cpu', lambda: here)
+  convolve = lambda x, kernel: jnp.sin(cpu.convolve(x, kernel, 1, ((1, 1), (1, 1)))).sum()
+  step = lambda kernel: lambda _, x: x - jax.grad(convolve)(x, kernel)
+  loop = jax.jit(lambda x, kernel: jax.lax.fori_loop(0, 4, step(kernel), x))
+  text = loop.lower(jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))).compile().as_text()
+  orders = set(re.findall(r'dim_labels=b01f_(\w+)->b01f', text))
+  assert orders == ({'01io'} if here else {'01io', '01oi'})
 
 
 @pytest.mark.parametrize('axes', [('data', None), (None, 'tensor'), ('data', 'tensor')])

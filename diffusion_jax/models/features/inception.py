@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from diffusion_jax.backend.cpu import LAYOUT
 from diffusion_jax.errors import require
 from diffusion_jax.models.config import NetworkConfig, Width
-from diffusion_jax.models.layers import LAYOUT, Linear
+from diffusion_jax.models.layers import Linear
 
 SIZE = 299
 """Height and width of the images that it was trained on."""
