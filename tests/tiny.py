@@ -10,16 +10,21 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from diffusion_jax.config import DataConfig
 from diffusion_jax.data.sources import open_data
+from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.autoencoder import AutoencoderKLConfig
+from diffusion_jax.models.network import Network
 from diffusion_jax.models.perceptual import DiscriminatorConfig
 from diffusion_jax.models.text.clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from diffusion_jax.models.text.t5 import T5Config
 from diffusion_jax.models.unet import UNetConfig
+from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.pipelines import assembly
+from diffusion_jax.pipelines.guides import of_space
 from diffusion_jax.pipelines.spaces import LatentConfig
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -136,6 +141,17 @@ def assemble(unet, autoencoder, clip, schedule, parameterization, latent_patch_s
     unet, space, {'text': {'path': clip}}, schedule, parameterization
   )
   return model, {role: part.load() for role, part in parts.items()}
+
+
+def noisy_classifier(space, folder, **changes) -> str:
+  """A directory with a random classifier, into a and b, of a space's noised z."""
+  config = ClassifierConfig(
+    (8,), 1, 4, image_size=8, patch_size=1, class_names=('a', 'b'), **of_space(space) | changes
+  )
+  params = jax.jit(Network.of(Classifier, config).initialize)(jax.random.key(7))
+  head = np.random.default_rng(0).normal(0, 3, params['head.kernel'].shape).astype(np.float32)
+  save_params(folder, config, params | {'head.kernel': head})
+  return str(folder)
 
 
 @contextlib.contextmanager

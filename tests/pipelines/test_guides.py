@@ -14,17 +14,14 @@ from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.extractors.clip import load_features
-from diffusion_jax.formats.networks import save_params
-from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import unit
-from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
+from diffusion_jax.models.vision.classifier import ClassifierConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.conditioners import Request
 from diffusion_jax.pipelines.guides import (
   GUIDING_CLASSIFIER,
   ClassifierGuide,
-  of_space,
   told_noise,
   views_of,
 )
@@ -173,21 +170,10 @@ def test_the_class_is_the_given_one_or_the_prompt_s():
     numbers('a', 'b', 'c', classes=('a', 'b'))
 
 
-def noisy_classifier(space, folder, **changes):
-  """A directory with a random classifier of a space's noised z."""
-  config = ClassifierConfig(
-    (8,), 1, 4, image_size=8, patch_size=1, class_names=('a', 'b'), **of_space(space) | changes
-  )
-  params = jax.jit(Network.of(Classifier, config).initialize)(jax.random.key(7))
-  head = np.random.default_rng(0).normal(0, 3, params['head.kernel'].shape).astype(np.float32)
-  save_params(folder, config, params | {'head.kernel': head})
-  return str(folder)
-
-
 @pytest.fixture(scope='module')
 def classified(plain, tmp_path_factory):
   """The model with such a classifier as its guide."""
-  folder = noisy_classifier(plain[0].space, tmp_path_factory.mktemp('classifier'))
+  folder = tiny.noisy_classifier(plain[0].space, tmp_path_factory.mktemp('classifier'))
   weights = {**plain[1], 'denoiser': jax.jit(plain[0].denoiser.initialize)(jax.random.key(0))}
   return AdapterOptions(classifier=folder).apply(plain[0], weights, ['classifier_guidance'])
 
@@ -221,10 +207,10 @@ def test_samples_are_of_the_class_that_they_are_guided_to(classified):
 def test_a_classifier_that_does_not_fit_is_refused(plain, tmp_path):
   model, space = plain[0], plain[0].space
   needed = ['classifier_guidance']
-  other = noisy_classifier(space, tmp_path / 'scaled', scaling_factor=0.13025)
+  other = tiny.noisy_classifier(space, tmp_path / 'scaled', scaling_factor=0.13025)
   with pytest.raises(UserError, match=r'has scaling_factor 0\.13025'):
     AdapterOptions(classifier=other).apply(*plain, needed)
-  other = noisy_classifier(space, tmp_path / 'wide', in_channels=5)
+  other = tiny.noisy_classifier(space, tmp_path / 'wide', in_channels=5)
   with pytest.raises(UserError, match='has in_channels 5'):
     AdapterOptions(classifier=other).apply(*plain, needed)
   with pytest.raises(UserError, match='--classifier DIR and --classifier_guidance S'):
