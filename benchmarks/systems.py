@@ -93,7 +93,7 @@ SYSTEMS = {
     'figure 4)', pictures=False,
   ),
   'dvae': System(
-    4, 'Discrete VAE, 512 codes', 'notes/dvae.py',
+    4, 'Discrete VAE, 256 codes', 'notes/dvae.py',
     '8192 codes, 32 x 32 of 256 x 256 pixels (Ramesh et al. 2021, section 2.1)', pictures=False,
   ),
   'dalle': System(

@@ -24,4 +24,5 @@ def get_config() -> ConfigDict:
   settings.objective = ConfigDict({
     'prediction': 'epsilon', 'loss': 'hybrid', 'learned_variance': True, 'decoder': 'discretized',
   })
+  config.loop.total_steps = 1000
   return config

@@ -19,6 +19,6 @@ def get_config() -> ConfigDict:
   config = score_ve.get_config()
   config.settings.sample = ConfigDict({
     'sampler': 'annealed_langevin', 'steps': 12, 'spacing': 'exponential', 'guidance': 2.0,
-    'options': {'steps': 10},
+    'options': {'steps': 5},
   })
   return config

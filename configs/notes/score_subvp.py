@@ -11,5 +11,5 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   config = score_vp.get_config()
   config.settings.schedule.sub_vp = True
-  config.settings.sample = ConfigDict({'sampler': 'heun', 'steps': 40, 'guidance': 2.0})
+  config.settings.sample = ConfigDict({'sampler': 'heun', 'steps': 20, 'guidance': 2.0})
   return config

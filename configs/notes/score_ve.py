@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
   })
   settings.objective = ConfigDict({'prediction': 'edm', 'weighting': 'snr'})
   settings.sample = ConfigDict({
-    'sampler': 'predictor_corrector', 'steps': 50, 'spacing': 'trailing', 'guidance': 2.0,
+    'sampler': 'predictor_corrector', 'steps': 30, 'spacing': 'trailing', 'guidance': 2.0,
   })
   return config

@@ -24,5 +24,6 @@ def get_config() -> ConfigDict:
   settings.schedule = ConfigDict({
     'process': 'linear', 'process_options': {'start': 0.1, 'end': 20.0},
   })
-  settings.sample = ConfigDict({'sampler': 'euler_maruyama', 'steps': 100, 'guidance': 2.0})
+  settings.sample = ConfigDict({'sampler': 'euler_maruyama', 'steps': 50, 'guidance': 2.0})
+  config.loop.total_steps = 1000
   return config

@@ -13,9 +13,12 @@ from flax import nnx
 
 from diffusion_jax.models.autoencoder import AutoencoderConfig
 from diffusion_jax.models.config import Width
-from diffusion_jax.models.layers import embed
+from diffusion_jax.models.layers import embed, pointwise
 from diffusion_jax.models.quantized import QuantizedAutoencoder
 from diffusion_jax.types import Latents
+
+SPREAD = 36.0
+"""Variance of the first logits over that of what they are made from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,9 @@ class DiscreteVAE(QuantizedAutoencoder):
 
   def __init__(self, config: DVAEConfig, **kw):
     super().__init__(config, config.num_vq_embeddings, config.vq_embed_dim, **kw)
+    # Logits as large as Gumbel noise: smaller ones are lost in it, and few codes come into use.
+    spread = nnx.initializers.variance_scaling(SPREAD, 'fan_in', 'normal')
+    self.quant_conv = pointwise(config.latent_channels, self.features, init=spread, **kw)
     normal = nnx.initializers.normal(1.0)
     self.codebook = embed(config.num_vq_embeddings, config.vq_embed_dim, normal, **kw)
 
