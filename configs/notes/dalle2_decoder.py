@@ -10,35 +10,22 @@ added to the time's and becomes four tokens beside the text's, of which it finds
 is the embedding alone, and one size.
 """
 
-from diffusion_jax.configs.base import base
+from diffusion_jax.configs.notes import ddpm
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  config = base('diffusion')
-  config.data.size = 32
+  config = ddpm.get_config()
   config.data.transforms = (('random_flip', {'keep_sided': False}), ('normalize', {}))
-  config.settings = ConfigDict({
-    'space': {'type': 'pixels', 'patch': 4},
+  settings = config.settings
+  del settings.clip
+  settings.update(ConfigDict({
     'conditioners': {'image_embedding': {'path': 'asset:clip-openmoji-64'}},
-    'denoiser': {
-      'type': 'unet', 'sample_size': 8, 'in_channels': 48, 'out_channels': 48,
-      'block_out_channels': (96, 128), 'layers_per_block': 1, 'norm_num_groups': 16,
-      'down_block_types': ('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
-      'up_block_types': ('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'),
-      'cross_attention_dim': 128, 'attention_head_dim': 4, 'use_linear_projection': True,
-    },
-    'schedule': {'beta_schedule': 'squaredcos_cap_v2'},
+    'schedule': {'beta_schedule': 'squaredcos_cap_v2', 'beta_start': 1e-4, 'beta_end': 0.02},
     'objective': {'prediction': 'v_prediction'},
+    'cache': False,
     'sample': {'sampler': 'ddim', 'steps': 25, 'guidance': 2.0},
     'preview_captions': tuple(map(str, range(16))),
-  })
-  config.optimizer.update({
-    'learning_rate': 1e-3, 'schedule': 'cosine', 'warmup_steps': 60, 'b2': 0.99,
-    'weight_decay': 0.01,
-  })
-  config.loop.update({
-    'total_steps': 2000, 'batch_size': 32, 'ema_halflife_images': 4000.0,
-    'checkpoint_every_steps': 500, 'sample_every_steps': 1000, 'evaluate_samples': 0,
-  })
+  }))
+  config.loop.update({'total_steps': 1200, 'evaluate_samples': 0})
   return config

@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
   config.data.transforms = ()
   config.settings.cache = True
   config.settings.objective = ConfigDict({'prediction': 'sample'})
+  config.settings.sample = ConfigDict({'sampler': 'ddim', 'steps': 25, 'guidance': 2.0})
+  config.optimizer.learning_rate = 1e-3
   config.settings.preview_captions = CAPTIONS
   config.loop.update({'total_steps': 1500, 'batch_size': 64, 'evaluate_samples': 128})
   return config
