@@ -6,8 +6,11 @@ u' = cos(d) u - sin(d) v(u), d = phi - phi', of the v prediction v = cos(phi) ep
 u = (u' + sin(d) v(u)) / cos(d), and finite from sigma = 0 and to alpha = 0.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffusion_jax.diffusion.denoiser import Denoiser
 from diffusion_jax.diffusion.samplers.common import Steps, epsilon, scanned, step_count
@@ -74,3 +77,9 @@ def slerp(start: Latents, end: Latents, fraction: PerExample) -> Latents:
   flat = sine < 1e-3
   part = lambda w: jnp.where(flat, w, jnp.sin(w * angle) / jnp.where(flat, 1, sine))
   return (long + w * (longer - long)) * (part(1 - w) * a + part(w) * b)
+
+
+def arc(ends: Sequence[Latents], count: int) -> Latents:
+  """Return x [count ...] evenly from the first of two ends [...] to the other, as by `slerp`."""
+  ends = (jnp.repeat(jnp.asarray(end, jnp.float32)[None], count, axis=0) for end in ends)
+  return slerp(*ends, np.linspace(0, 1, count, dtype=np.float32))

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -103,8 +102,7 @@ def strip(
   if frames < 2 or len(prompts) != 2:
     raise UserError(f'a way has two ends and frames from 2 on, not {len(prompts)} and {frames}.')
   fractions = np.linspace(0, 1, frames, dtype=np.float32)
-  ends = (jnp.repeat(jnp.asarray(end)[None], frames, axis=0) for end in noise)
-  between = np.asarray(inversion.slerp(*ends, fractions))
+  between = np.asarray(inversion.arc(noise, frames))
   start, end = ([prompt] * frames for prompt in prompts)
   yield from model.sample(
     weights, start, config, noise=between, toward=(end, fractions), **how

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
+from diffusion_jax.diffusion.inversion import arc
 from diffusion_jax.diffusion.samplers import initial_noise
 from diffusion_jax.errors import require
 from diffusion_jax.files import INDEX, inside, reading
@@ -102,11 +103,12 @@ class UnCLIP(OfOneSize):
     return np.asarray(self.encoder.encode(under(DECODER, weights), rows)['text'])[:, 0]
 
   def strip(self, weights: Mapping[str, Any], ends: np.ndarray, frames: int, *, seed: int, **how):
-    """Yield images on the way between two embeddings [2 p], all of one noise; see `interpolated`.
-    """
+    """Yield images on the arc between two embeddings [2 p], of one noise (section 3.2)."""
     shape = self.decoder.space.shape(*self.trained_size)
     noise = np.repeat(np.asarray(initial_noise(seed, 0, 1, shape)[0]), frames, axis=0)
-    yield from self.decode(weights, interpolated(*ends, frames), noise=noise, seed=seed, **how)
+    yield from self.decode(
+      weights, np.asarray(arc(ends, frames)), noise=noise, seed=seed, **how
+    )
 
   def decode(self, weights: Mapping[str, Any], embeddings: np.ndarray, **how):
     """Yield images of embeddings [n p], float32 [b h w 3]; `how` as of `Diffusion.sample`."""
@@ -122,20 +124,6 @@ class UnCLIP(OfOneSize):
     self.drawn_size(height, width)
     found = self.embeddings(weights, prompts, config, negative=negative, **how)
     yield from self.decode(weights, found, **how)
-
-
-def interpolated(first: np.ndarray, last: np.ndarray, count: int) -> np.ndarray:
-  """Return `count` embeddings [count p] from one [p] to another, on the arc between their
-  directions (Ramesh et al. 2022, section 3.2), with lengths in between."""
-  lengths = np.linalg.norm(first), np.linalg.norm(last)
-  a, b = first / lengths[0], last / lengths[1]
-  angle = np.arccos(np.clip(a @ b, -1, 1))
-  way = np.linspace(0, 1, count)[:, None]
-  if angle < 1e-4:
-    directions = a + way * (b - a)
-  else:
-    directions = (np.sin((1 - way) * angle) * a + np.sin(way * angle) * b) / np.sin(angle)
-  return (directions * (lengths[0] + way * (lengths[1] - lengths[0]))).astype(np.float32)
 
 
 def read(path: str, dtype=jnp.float32) -> tuple[UnCLIP, dict[str, Part], Any]:

@@ -89,3 +89,12 @@ def test_great_circles():
   longer = norm(inversion.slerp(start, 3 * end, half))
   np.testing.assert_allclose(longer, 2 * norm(start), rtol=1e-5)
   np.testing.assert_allclose(inversion.slerp(start, 3 * start, half), 2 * start, rtol=1e-4)
+
+
+def test_an_arc_turns_and_grows_evenly():
+  ends = np.array([[2.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+  found = np.asarray(inversion.arc(ends, 5))
+  np.testing.assert_allclose(found[[0, -1]], ends, atol=1e-6)
+  np.testing.assert_allclose(np.linalg.norm(found, axis=1), [2, 2.5, 3, 3.5, 4], rtol=1e-6)
+  angles = np.degrees(np.arctan2(found[:, 1], found[:, 0]))
+  np.testing.assert_allclose(angles, [0, 22.5, 45, 67.5, 90], atol=1e-4)

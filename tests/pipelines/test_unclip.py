@@ -25,7 +25,7 @@ from diffusion_jax.pipelines.generator import read_generator
 from diffusion_jax.pipelines.inputs import Inputs
 from diffusion_jax.pipelines.sampling import SampleConfig
 from diffusion_jax.pipelines.spaces import PixelSpace
-from diffusion_jax.pipelines.unclip import UnCLIP, interpolated
+from diffusion_jax.pipelines.unclip import UnCLIP
 from diffusion_jax.train.tasks.token_prior import _embeddings
 from tests import tiny
 
@@ -193,16 +193,6 @@ def test_a_prior_of_another_clip_is_refused(run, decoder):
     UnCLIP(whole.decoder, whole.decoder, config)
   with pytest.raises(UserError, match='which the decoder does not read'):
     UnCLIP(whole.prior, whole.prior, config)
-
-
-def test_interpolation_is_along_the_arc():
-  first, last = np.array([2.0, 0.0, 0.0]), np.array([0.0, 4.0, 0.0])
-  found = interpolated(first, last, 5)
-  np.testing.assert_allclose(found[[0, -1]], [first, last], atol=1e-6)
-  np.testing.assert_allclose(np.linalg.norm(found, axis=1), [2, 2.5, 3, 3.5, 4], rtol=1e-6)
-  angles = np.degrees(np.arctan2(found[:, 1], found[:, 0]))
-  np.testing.assert_allclose(angles, [0, 22.5, 45, 67.5, 90], atol=1e-4)
-  np.testing.assert_allclose(interpolated(first, first, 3), np.stack([first] * 3), atol=1e-6)
 
 
 def test_pictures_are_embedded_few_at_a_time():
