@@ -50,6 +50,10 @@ SYSTEMS = {
     'CIFAR-10: FID 3.17, at most 3.75 bits per dimension (Ho et al. 2020, table 1)',
     likelihood=True,
   ),
+  'ddpm_unconditional': System(
+    1, 'DDPM without a condition, a U-Net', 'notes/ddpm_unconditional.py', 'the same',
+    metrics=PICTURES, likelihood=True, prompts=('',) * len(CAPTIONS),
+  ),
   'ddim': System(
     2, 'DDIM, 50 steps with the weights of DDPM', 'notes/ddpm.py',
     'CIFAR-10: FID 4.67 in 50 steps, eta 0 (Song, Meng & Ermon 2021, table 1)', before=('ddpm',),
