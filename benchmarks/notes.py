@@ -157,7 +157,8 @@ def _number(value: float | None, digits: str) -> str:
 MORE = {
   'spectrum_error': ('spectrum off by', '.2f', ' dB'), 'psnr': ('PSNR', '.1f', ' dB'),
   'retrieval_r1_of_100': ('own caption of 100 nearest:', '.2f', ''),
-  'codes_used': ('codes used:', '.0%', ''), 'code_perplexity': ('perplexity', '.0f', ''),
+  'accuracy': ('right class:', '.2f', ''), 'codes_used': ('codes used:', '.0%', ''),
+  'code_perplexity': ('perplexity', '.0f', ''),
 }
 """Other figures that may be told: words before, digits, unit."""
 

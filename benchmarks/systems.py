@@ -169,6 +169,11 @@ SYSTEMS = {
     'ImageNet 256: FID 3.43 in one step, by class (MeanFlow-XL/2; Geng et al. 2025, table 2)',
     before=('latent_diffusion',),
   ),
+  'noisy_classifier': System(
+    11, 'A classifier of noised latents, which guides', 'notes/noisy_classifier.py',
+    'ImageNet 256: FID 4.59 guided, 10.94 without (ADM-G, ADM; Dhariwal & Nichol 2021, table 5)',
+    pictures=False,
+  ),
 }
 """Systems by name, each after those that it takes something from."""
 
