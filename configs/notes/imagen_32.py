@@ -23,9 +23,14 @@ def get_config() -> ConfigDict:
   config.settings.conditioners.upscale = {
     'beta_schedule': 'linear', 'beta_start': 1e-4, 'beta_end': 0.02,
   }
-  config.settings.denoiser.update({
-    'sample_size': 16, 'in_channels': 15, 'num_class_embeds': 351,
-    'block_out_channels': (48, 96), 'layers_per_block': (1, 2),
+  config.settings.space = ConfigDict({'type': 'pixels', 'patch': 2})
+  config.settings.denoiser = ConfigDict({
+    'type': 'unet', 'sample_size': 16, 'in_channels': 15, 'out_channels': 12,
+    'down_block_types': ('DownBlock2D', 'CrossAttnDownBlock2D'),
+    'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
+    'block_out_channels': (48, 96), 'layers_per_block': (1, 2), 'norm_num_groups': 16,
+    'num_class_embeds': 351,
+    'cross_attention_dim': 256, 'attention_head_dim': 4, 'use_linear_projection': True,
   })
   config.settings.cache = False
   config.settings.sample.update({'steps': 12, 'guidance': 1.0})
