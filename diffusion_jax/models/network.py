@@ -8,7 +8,7 @@ groups, checkpoints and conversion tables. Every module is made by
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -194,12 +194,16 @@ class Network(NamedTuple):
   ) -> 'Network':
     """The network `module(config, compute=..., rngs=...)`; `changes` are to fields of the Compute.
 
-    UserError for settings without effect, such as a kind of attention where there is none.
+    Equal ones are traced once, and share their shapes, which are not to be changed. UserError for
+    settings without effect, such as a kind of attention where there is none.
     """
-    def build(compute: Compute) -> Make:
-      return lambda rngs: module(config, compute=compute, rngs=rngs)
-
-    return cls.built(config, build, dataclasses.replace(compute, **changes))
+    given = (module, config, dataclasses.replace(compute, **changes))
+    try:
+      hash(given)
+    except TypeError:  # A config with a list, say.
+      return _network(*given)
+    # As text too: 1, 1.0 and True are equal, but not written alike.
+    return _network_once(*given, repr(config), jax.config.jax_enable_x64)
 
   @classmethod
   def built(cls, config: Any, build: Callable[[Compute], Make], compute: Compute) -> 'Network':
@@ -230,6 +234,22 @@ class Network(NamedTuple):
     # Both the shapes of a state and the program that begins it are traced from this.
     once = isinstance(key, jax.core.Tracer)
     return (_initialize_once if once else initialize)(self.make, key)
+
+
+def _network(
+  module: type[nnx.Module], config: Any, compute: Compute, *others: Any
+) -> Network:
+  """The network `module(config, compute=..., rngs=...)`. others: what else it may depend on."""
+  del others
+
+  def build(compute: Compute) -> Make:
+    return lambda rngs: module(config, compute=compute, rngs=rngs)
+
+  return Network.built(config, build, compute)
+
+
+# Commands make the same few networks again and again, and tracing one takes up to seconds.
+_network_once = lru_cache(maxsize=32)(_network)
 
 
 def _perturb(module: nnx.Module, part: str) -> nnx.Module:
