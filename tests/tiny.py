@@ -26,6 +26,7 @@ from diffusion_jax.models.vision.classifier import Classifier, ClassifierConfig
 from diffusion_jax.pipelines import assembly
 from diffusion_jax.pipelines.guides import of_space
 from diffusion_jax.pipelines.spaces import LatentConfig
+from tests import forked
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZE = 32
@@ -181,7 +182,7 @@ def environment(data: str, devices: int = 8, **more: str) -> dict[str, str]:
 
 def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
   """`python -m diffusion_jax ...` in the background, with its output in pipes."""
-  return subprocess.Popen(
+  return forked.start(arguments, env) or subprocess.Popen(
     [sys.executable, '-u', '-m', 'diffusion_jax', *arguments], env=env, cwd=ROOT, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )
