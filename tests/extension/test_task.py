@@ -13,8 +13,8 @@ def test_a_task(outside, trained_with, command, sources):
   values = tiny.autoencoder_config(
     optimizer={'name': 'sgd', 'learning_rate': 0.45 * tiny.SIZE**2 * 3, 'warmup_steps': 0,
                'weight_decay': 0.0, 'clip_norm': 0.0},
-    loop={'sample_every_steps': 2, 'evaluate_every_steps': 2, 'total_steps': 40,
-          'batch_size': 64, 'ema_halflife_images': 0.0},
+    loop={'sample_every_steps': 20, 'evaluate_every_steps': 20, 'checkpoint_every_steps': 20,
+          'total_steps': 40, 'batch_size': 64, 'ema_halflife_images': 0.0},
   ) | {'task': 'mean', 'settings': {'start': 0.5}}
   workdir = trained_with(outside('task'), values)
   mean = to_float(np.stack([record['image'] for record in sources[0]])).mean(0)

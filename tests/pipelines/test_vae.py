@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_jax.evaluation.elbo import make_elbo
 from diffusion_jax.evaluation.likelihood import image_keys
@@ -85,16 +86,23 @@ def test_samples_are_decoded_from_the_prior():
 
 @pytest.fixture(scope='module')
 def run(once, parts, command, small_data):
-  """Workdir of a run of two steps, finished, with scores."""
+  """Workdir of a run of two steps on few pictures, finished, with scores."""
   del small_data
 
   def make(folder):
+    (folder / 'pictures').mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(100):  # Of which the bound is of 64 that are held out.
+      picture = rng.integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), np.uint8)
+      Image.fromarray(picture).save(folder / 'pictures' / f'{number}.png')
     config = tiny.write_config(folder / 'vae.py', tiny._config('vae', tiny.NORMALIZE, {
       'autoencoder': {'block_out_channels': [4], 'layers_per_block': 1, 'norm_num_groups': 2,
                       'mid_block_add_attention': False},
       'reconstruction': 'gaussian', 'export_dtype': 'float32', 'clip': parts['clip'],
       'evaluation': {'metrics': ['fd']}, 'previews': 2,
-    }, loop={'total_steps': 2, 'sample_every_steps': 2}))
+    }, loop={'total_steps': 2, 'sample_every_steps': 2}, data={
+      'dataset': f'folder:{folder / "pictures"}', 'test_fraction': 0.8, 'caption': 'a picture',
+    }))
     assert command('train', '--config', config, '--workdir', folder / 'run', '--quiet') == 0
 
   return once('vae', make) / 'run'

@@ -73,7 +73,10 @@ def config_of(task, folder, parts):
   data = {'dataset': f'folder:{folder}', 'test_fraction': 0.0, 'most_unreadable': 0.5}
   more = {'data': data, 'loop': dict(LOOP)}
   if task == 'autoencoder':
-    return tiny.autoencoder_config({'adversarial_weight': 0.0}, **more)
+    return tiny.autoencoder_config({'adversarial_weight': 0.0, 'autoencoder': {
+      'block_out_channels': [4], 'layers_per_block': 1, 'norm_num_groups': 2,
+      'mid_block_add_attention': False,
+    }}, **more)
   if task == 'clip':
     return tiny.clip_config(**more)
   if task == 'diffusion':
@@ -190,7 +193,7 @@ def test_too_many_end_a_run_with_a_sentence_and_more_may_be_allowed(
 @pytest.mark.slow
 def test_two_processes_count_together(pictures, parts, tmp_path, small_data):
   config = config_of('autoencoder', pictures, parts)
-  config['loop'] |= {'total_steps': 12, 'evaluate_samples': 0}
+  config['loop'] |= {'total_steps': 12, 'evaluate_samples': 0, 'checkpoint_every_steps': 12}
   recipe = tiny.write_config(tmp_path / 'recipe.py', config)
   run = tmp_path / 'run'
   arguments = ('train', '--config', recipe, '--workdir', run, '--quiet')

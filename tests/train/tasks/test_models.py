@@ -48,15 +48,20 @@ def _trained(values, tmp_path, command, *arguments):
 
 def _same_images(workdir, prompt, command, out, *arguments):
   """A run and its export sample the same."""
-  images = []
-  for source in (('--workdir', workdir), ('--model', workdir / 'model')):
-    folder = out / source[0].strip('-')
-    assert command('sample', *source, '--prompt', prompt, '--out', folder, '--batch', 1,
-                   *arguments) == 0
-    images.append(next(folder.glob('0000_*.png')).read_bytes())
-  pixels = lambda png: png.split(b'IDAT')[1]
-  assert pixels(images[0]) == pixels(images[1])
-  return pixels(images[0])
+  images = [
+    _drawn(place, workdir, prompt, command, out / place, *arguments)
+    for place in ('workdir', 'model')
+  ]
+  assert images[0] == images[1]
+  return images[0]
+
+
+def _drawn(place, workdir, prompt, command, out, *arguments):
+  """The pixels of one picture of a run, or of its export."""
+  source = {'workdir': workdir, 'model': workdir / 'model'}[place]
+  assert command('sample', f'--{place}', source, '--prompt', prompt, '--out', out, '--batch', 1,
+                 *arguments) == 0
+  return next(out.glob('0000_*.png')).read_bytes().split(b'IDAT')[1]
 
 
 def _pictures(folder):
@@ -103,7 +108,7 @@ def test_latents_are_trained_on_any_process(name, parts, tmp_path, command):
   schedule, objective, sample = PROCESSES[name]
   values = tiny.diffusion_config(parts, {
     'schedule': schedule, 'objective': objective, 'sample': sample,
-  })
+  }, loop={'evaluate_samples': 0})
   workdir = _trained(values, tmp_path, command)
   _same_images(workdir, 'cat', command, tmp_path)
   run, (exported, _, settings) = TrainedRun(str(workdir)), load_model(str(workdir / 'model'))
@@ -161,13 +166,13 @@ def test_a_model_is_conditioned_on_images_by_config(name, parts, tmp_path, comma
   loop |= {'evaluate_samples': 0, 'sample_every_steps': 2}
   workdir = _trained(values, tmp_path, command)
   assert list((workdir / 'samples').iterdir())  # Of the test split's own images.
-  rng, found = np.random.default_rng(0), []
+  rng, given = np.random.default_rng(0), []
   for i in range(2):
     picture = rng.integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), np.uint8)
     Image.fromarray(picture).save(tmp_path / f'{i}.png')
-    given = [str(tmp_path / f'{i}.png') if one == 'FILE' else one for one in arguments]
-    found.append(_same_images(workdir, 'cat', command, tmp_path / str(i), *given))
-  assert found[0] != found[1]
+    given.append([str(tmp_path / f'{i}.png') if one == 'FILE' else one for one in arguments])
+  found = _same_images(workdir, 'cat', command, tmp_path / '0', *given[0])
+  assert found != _drawn('model', workdir, 'cat', command, tmp_path / '1', *given[1])
 
 
 def test_older_settings_are_the_same(parts):
