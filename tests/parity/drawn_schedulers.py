@@ -169,10 +169,14 @@ def scale_of(kind, drawn):
   return (1 / drawn.alphas if sigma else np.ones_like(drawn.alphas)).reshape(-1, 1, 1, 1, 1)
 
 
-def difference(kind, config, steps, **how):
-  """The largest difference between both over all states, in shares of each state's largest."""
+def difference(kind, config, steps, wanted=None, **how):
+  """The largest difference between both over all states, in shares of each state's largest.
+
+  wanted: theirs, where they are known.
+  """
   drawn = ours(kind, config, steps, **how)
-  wanted = after_steps(kind, config, theirs(kind, config, steps, **how))
+  wanted = theirs(kind, config, steps, **how) if wanted is None else wanted
+  wanted = after_steps(kind, config, wanted)
   found = scale_of(kind, drawn) * drawn.states
   assert found.shape == wanted.shape, (found.shape, wanted.shape)
   axes = tuple(range(1, wanted.ndim))

@@ -1,10 +1,12 @@
 """benchmarks/peers.py at its smallest: both sides compute the same, and figures come out."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from tests import tiny
 PEER = 'eager_channels_last'
 SMALL = ['--model', 'tiny', '--batch', '2', '--images', '2', '--pairs', '2', '--steps', '4',
          '--peers', PEER]
+QUICKEST = ['--only', 'sample', '--steps', '1']
+"""Compiled in half the time of a gradient."""
 
 
 @pytest.mark.slow
@@ -44,11 +48,16 @@ def test_both_sides_give_the_same_and_are_timed_in_pairs(tmp_path, capsys):
   assert capsys.readouterr().out.count('median ratio') == 2
 
 
-def test_other_weights_end_the_program(tmp_path):
-  """What is timed must be the same work."""
-  args = peers.arguments([*SMALL, '--only', 'step'])
+def test_other_weights_and_a_killed_side_end_the_program(tmp_path):
+  """What is timed must be the same work; the other side is ended, too."""
+  args = peers.arguments([*SMALL, *QUICKEST])
   with Process('ours', 'diffusion_jax') as ours:
-    comparison = Comparison(args, 'step', ours, str(tmp_path))
+    comparison = Comparison(args, 'sample', ours, str(tmp_path))
+    with killing('theirs'), pytest.raises(SystemExit, match=(
+      f'^The process of diffusers {PEER} was ended by SIGKILL.$'
+    )):
+      comparison.beside(PEER)
+    assert set(sides(os.getpid())) == {'ours'}
     weights = load_file(comparison.weights)
     save_file({**weights, 'conv_out.bias': weights['conv_out.bias'] + 0.5}, comparison.weights)
     with pytest.raises(SystemExit, match='outputs of the U-Net differ by'):
@@ -93,6 +102,19 @@ def alive(process: int) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def killing(side: str):
+  """Within, a side of this process is killed as soon as there is one."""
+  def run():
+    within(300, lambda: side in sides(os.getpid()))
+    os.kill(sides(os.getpid())[side], signal.SIGKILL)
+
+  thread = threading.Thread(target=run)
+  thread.start()
+  yield
+  thread.join()
+
+
 def within(seconds: float, holds) -> None:
   """Waits until it holds."""
   end = time.monotonic() + seconds
@@ -103,21 +125,21 @@ def within(seconds: float, holds) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='finds processes in /proc')
-@pytest.mark.parametrize(('killed', 'number', 'code', 'message'), [
-  ('ours', signal.SIGKILL, 1, 'The process of diffusion_jax was ended by SIGKILL.\n'),
-  ('theirs', signal.SIGKILL, 1, f'The process of diffusers {PEER} was ended by SIGKILL.\n'),
-  ('command', signal.SIGKILL, -signal.SIGKILL, ''),
-  ('command', signal.SIGTERM, 128 + signal.SIGTERM, ''),
-], ids=['ours', 'theirs', 'command', 'command stopped'])
-def test_all_processes_end_with_any_of_them(killed, number, code, message, tmp_path):
+@pytest.mark.parametrize(('killed', 'number', 'beside', 'code', 'message'), [
+  ('ours', signal.SIGKILL, 1, 1, 'The process of diffusion_jax was ended by SIGKILL.\n'),
+  ('command', signal.SIGKILL, 2, -signal.SIGKILL, ''),
+  ('command', signal.SIGTERM, 1, 128 + signal.SIGTERM, ''),
+], ids=['ours', 'command', 'command stopped'])
+def test_all_processes_end_with_any_of_them(killed, number, beside, code, message, tmp_path):
+  """As soon as there are so many beside the command: the second has to wait for the first."""
   command = subprocess.Popen(
-    [sys.executable, '-m', 'benchmarks.peers', *SMALL, '--only', 'step', '--pairs', '1000000'],
+    [sys.executable, '-m', 'benchmarks.peers', *SMALL, *QUICKEST, '--pairs', '1000000'],
     cwd=tiny.ROOT, env=tiny.environment('', 1, TMPDIR=str(tmp_path)), text=True,
     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
   )
   with command:
     try:
-      within(300, lambda: len(sides(command.pid)) == 2)
+      within(300, lambda: len(sides(command.pid)) == beside)
       every = {'command': command.pid, **sides(command.pid)}
       os.kill(every[killed], number)
       _, said = command.communicate(timeout=300)
