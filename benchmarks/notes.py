@@ -161,6 +161,9 @@ MORE = {
   'code_perplexity': ('perplexity', '.0f', ''),
 }
 """Other figures that may be told: words before, digits, unit."""
+BOUNDS = ('bits_per_dim_bound', 'latent_bits_per_dim_discrete', 'elbo_bits_per_dim')
+"""Of pixels by steps, of latents and of a VAE: a likelihood has one of them."""
+FLOW = 'bits_per_dim_flow'
 
 
 def _more(entry: dict[str, Any]) -> str:
@@ -174,8 +177,9 @@ def _more(entry: dict[str, Any]) -> str:
       parts.append(f'{words} {own[name]:{digits}}{unit}{real}')
   if 'likelihood' in entry:
     bits = entry['likelihood']['model']
-    name = next(n for n in ('latent_bits_per_dim_discrete', 'elbo_bits_per_dim') if n in bits)
-    parts.append(f'{bits[name]:.2f} bits/dim')
+    name = next(n for n in BOUNDS if n in bits)
+    exact = f' ({bits[FLOW]:.2f} by the ODE)' if FLOW in bits else ''
+    parts.append(f'{bits[name]:.2f} bits/dim{exact}')
   return ', '.join(parts)
 
 

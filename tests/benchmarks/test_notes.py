@@ -116,6 +116,16 @@ def test_entries_are_kept_in_the_order_of_the_systems(tmp_path, monkeypatch):
   assert second.startswith('| 5. Other | `configs/openmoji/dit_flow.py` | 10 min | 2.5 M |  |  |')
 
 
+@pytest.mark.parametrize(('bits', 'told'), [
+  ({'bits_per_dim_bound': 2.946, 'bits_per_dim_prior': 0.1, 'bits_per_dim_flow': 2.596},
+   '2.95 bits/dim (2.60 by the ODE)'),
+  ({'latent_bits_per_dim_discrete': 1.5, 'latent_bits_per_dim_flow': 1.2}, '1.50 bits/dim'),
+  ({'kl_bits_per_dim': 0.1, 'elbo_bits_per_dim': 4.0}, '4.00 bits/dim'),
+])
+def test_the_likelihood_of_every_kind_is_told(bits, told):
+  assert notes._more({'likelihood': {'model': bits}}) == told
+
+
 def test_drawing_is_timed_with_the_options_of_the_system(finished, monkeypatch):
   system = notes.SYSTEMS['ddim']._replace(weights=str(finished / 'model'), prompts=('red heart',))
   few, many = (system._replace(options=('--steps', steps)) for steps in ('1', '40'))
