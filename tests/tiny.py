@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -227,3 +228,18 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
   """Every file below the folder with its content; empty when there is no folder."""
   files = (path for path in folder.rglob('*') if path.is_file())
   return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def check_going_on(command, recipe, run: pathlib.Path, folder: pathlib.Path, steps: int) -> None:
+  """A copy of a run, taken on to `steps`, exports to the bit what one in one piece does."""
+  resumed, whole = pathlib.Path(shutil.copytree(run, folder / 'resumed')), folder / 'whole'
+  loop = {'total_steps': steps, 'evaluate_samples': 0, 'sample_every_steps': 0}
+  overrides = [f'--config.loop.{name}={value}' for name, value in loop.items()]
+  for workdir in (resumed, whole):
+    assert command('train', '--config', recipe, '--workdir', workdir, '--quiet', *overrides) == 0
+  assert min(metrics(whole)) == 1 and max(metrics(resumed)) == steps
+  tensors = lambda path: {
+    name: data for name, data in snapshot(path / 'model').items() if name.endswith('.safetensors')
+  }
+  found = tensors(resumed)
+  assert found and found == tensors(whole) != tensors(run)

@@ -73,6 +73,10 @@ def test_a_run_is_scored_and_its_directory_draws_what_it_draws(run, opened, tmp_
     np.testing.assert_array_equal(weights[TRANSFORMER][name], value)
 
 
+def test_going_on_after_a_stop_is_exact(run, command, tmp_path):
+  tiny.check_going_on(command, run.parent / 'recipe.py', run, tmp_path, 3)
+
+
 def test_evaluate_opens_the_directory(run, command, tmp_path):
   out = tmp_path / 'scores.json'
   arguments = ('--model', run / 'model', '--samples', 16, '--metrics', 'fd', '--out', out)

@@ -142,6 +142,13 @@ def test_a_run_and_its_directory_draw_the_same_and_are_scored(
   assert 'draws embeddings and no pictures' in fails('sample', *source)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['run', 'run_of_tokens'])
+def test_going_on_after_a_stop_is_exact(name, request, command, tmp_path):
+  run = request.getfixturevalue(name)
+  tiny.check_going_on(command, run.parent / 'recipe.py', run, tmp_path, 3)
+
+
 def test_the_decoder_draws_of_an_embedding_what_it_draws_of_its_picture(run, decoder, sources):
   model, weights, sample = load_model(decoder)
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])

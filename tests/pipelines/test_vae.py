@@ -127,3 +127,7 @@ def test_a_run_is_scored_and_drawn_from(run, command, tmp_path, fails):
   assert 'solver does nothing' in fails(
     'evaluate', 'likelihood', *source, '--solver', 'heun', '--out', out
   )
+
+
+def test_going_on_after_a_stop_is_exact(run, command, tmp_path):
+  tiny.check_going_on(command, run.parent / 'vae.py', run, tmp_path, 3)
