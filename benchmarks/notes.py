@@ -198,7 +198,7 @@ def _row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
     distance += f' ({first["fd_clip"]:.0f})'
   training = f'{entry["train_seconds"] / 60:.0f} min'
   return (
-    f'{system.number}. {system.title}', f'`configs/{system.recipe}`',
+    f'{system.number}. {system.title}', f'`run {name}`', f'`configs/{system.recipe}`',
     f'that of `{system.weights}`' if system.weights else training,
     f'{entry["parameters"] / 1e6:.1f} M', distance, *_agreement(scores),
     _number(entry.get('seconds_a_picture'), '.2g'), _more(entry), system.paper,
@@ -225,12 +225,13 @@ def table() -> str:
   found = read()
   rows = [_row(name, found[name]) for name in SYSTEMS if name in found]
   head = (
-    'system', 'recipe', 'training', 'parameters', '`fd_clip` (untrained)', 'CLIP score',
-    'R@1 of 100', 'classes', 'seconds a picture', 'more', 'the paper, at full scale',
+    'system', '`python -m benchmarks.notes`', 'recipe', 'training', 'parameters',
+    '`fd_clip` (untrained)', 'CLIP score', 'R@1 of 100', 'classes', 'seconds a picture', 'more',
+    'the paper, at full scale',
   )
   parts = [markdown(head, rows)]
   if rows := _rows_by_steps(found):
-    head = ('by steps', 'steps', '`fd_clip`', f'more than in {MANY}', *head[5:8])
+    head = ('by steps', 'steps', '`fd_clip`', f'more than in {MANY}', *head[6:9])
     parts.append(markdown(head, rows))
   return '\n\n'.join(parts)
 
