@@ -10,6 +10,7 @@ from diffusion_jax.diffusion.objective import Objective
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.networks import format_of
 from diffusion_jax.pipelines.assembly import assemble
+from diffusion_jax.pipelines.cascade import Cascade, Stage
 from diffusion_jax.recipe import load_config, recipes
 
 PIXELS = [
@@ -49,6 +50,21 @@ def test_a_recipe_on_pixels_fits_together_and_can_be_drawn_from(name):
     format_of(settings.denoiser).shapes(settings.denoiser)
   ))
   assert 2e6 < count < 6e6, count
+
+
+def test_the_models_of_imagen_make_one_cascade():
+  """From 16 pixels to 64: each is trained at twice the size of the one before, and takes it."""
+  (base, first), *stages = (built(f'notes/{name}') for name in ('imagen_base', 'imagen_32',
+                                                                'imagen_64'))
+  whole = Cascade.of(first, [Stage(model, config.settings.sample) for config, model in stages])
+  assert [model.trained_size[0] for model in (first, *(model for _, model in stages))] == [
+    16, 32, 64
+  ]
+  assert whole.trained_size == (64, 64) and base.settings.sample.threshold == 'dynamic'
+  whole.check_sampling(base.settings.sample)
+  enlarger, model = built('notes/enlarger')
+  assert model.trained_size == (32, 32) and enlarger.settings.sample.steps == 1
+  assert model.inputs(32, 32).keys() == stages[0][1].inputs(32, 32).keys() != set()
 
 
 @pytest.mark.parametrize('name', PAPERS)
