@@ -86,6 +86,15 @@ def test_a_student_is_trained_drawn_and_opened_again(method, teachers, parts, tm
     assert np.abs(params[name]).max() > 0
 
 
+@pytest.mark.slow
+def test_going_on_after_a_stop_is_exact(teachers, parts, tmp_path, command):
+  """With a scale drawn for each example."""
+  values = _of('consistency', teachers, parts)
+  config, run = tiny.write_config(tmp_path / 'recipe.py', values), tmp_path / 'run'
+  assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
+  tiny.check_going_on(command, config, run, tmp_path, 6)
+
+
 @pytest.mark.parametrize('method', ['consistency', 'mean_flow'])
 def test_a_student_begins_as_its_teacher(method, teachers, parts, tmp_path):
   """Of one step unguided its first error is none: neither the scale that it is told nor the way
