@@ -355,3 +355,13 @@ def test_alike_is_traced_once_and_computed_each_on_its_own(remat):
     slope = slope * (1 - y**2) @ kernel.T
   np.testing.assert_allclose(found[0], passed[-1].sum(), rtol=1e-5)
   np.testing.assert_allclose(found[1], slope, rtol=1e-4)
+
+
+def test_equal_networks_are_traced_once_and_others_are_their_own():
+  of = lambda width, **compute: network.Network.of(
+    AutoencoderKL, AutoencoderKLConfig(block_out_channels=(width,)), **compute
+  )
+  assert of(32).make is of(32).make and of(32).shapes is of(32).shapes
+  assert of(64).config.block_out_channels == (64,) and of(64).shapes != of(32).shapes
+  half = of(32, param_dtype=jnp.bfloat16)
+  assert {leaf.dtype for leaf in half.shapes.values()} == {jnp.dtype(jnp.bfloat16)}
