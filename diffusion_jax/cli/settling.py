@@ -28,6 +28,8 @@ def steps(options: StepsEvaluation, sample: dict[str, Any], shown: dict) -> dict
     if name in sample:
       raise UserError(f'--{name} does nothing beside --samplers and --counts; leave it out.')
   subject = Subject(options, sample, make_mesh(MeshConfig()))
+  if not hasattr(subject.sample, 'sampler'):
+    raise UserError(f'{subject.name} does not draw by a sampler, whose steps could grow.')
   prompts = own_prompts(options).captions if options.captions else [
     subject.model.prompt(record) for record in shuffled(subject.test, options.samples)
   ]

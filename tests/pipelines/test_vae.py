@@ -124,6 +124,8 @@ def test_a_run_is_scored_and_drawn_from(run, command, tmp_path, fails):
   bits = json.loads(out.read_text())
   assert bits['model']['importance_bits_per_dim'] <= bits['model']['elbo_bits_per_dim'] + 1e-6
   assert bits['settings']['draws'] == 3 and 'untrained' in bits
+  steps = ('evaluate', 'steps', *source, '--counts', '2,3', '--out', out)
+  assert 'does not draw by a sampler' in fails(*steps)
   assert 'solver does nothing' in fails(
     'evaluate', 'likelihood', *source, '--solver', 'heun', '--out', out
   )
