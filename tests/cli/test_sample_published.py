@@ -132,6 +132,10 @@ def test_masks_of_any_shape_and_transparency_paint_the_same(draw, files, fails, 
   np.testing.assert_array_equal(found['square'], found['same'])
   np.testing.assert_array_equal(found['clear'], found['same'])
   assert differ(found['white'], found['same'])
+  whole = np.asarray(draw('inpaint', *given('same'), '--size', '64x96'))
+  kept = photo[..., 0] <= 200
+  np.testing.assert_array_equal(whole[kept], photo[kept])
+  assert (whole[~kept] != photo[~kept]).any()
   said = capsys.readouterr().out
   assert 'square.png is 64 x 64 pixels' in said and 'white.png paints everything' in said
   assert 'black.png paints nothing' in fails(
