@@ -201,18 +201,13 @@ def t5(once, sources):
 def command():
   """command(*arguments, devices=1): one command in this process; its exit code.
 
-  A random key that is used twice ends it. The charts of its report are laid out but not drawn,
-  which takes as long as a training of tiny networks: tests/viz draws them, and other processes do.
+  A random key that is used twice ends it.
   """
 
   def run(*arguments, devices=1):
     from diffusion_jax.__main__ import main
-    from diffusion_jax.viz import charts
 
-    with (
-      pytest.MonkeyPatch.context() as patch, tiny.few_devices(devices), jax.debug_key_reuse(True)
-    ):
-      patch.setattr(charts, 'render', lambda figure, title: f'<svg aria-label="{title}"></svg>')
+    with tiny.few_devices(devices), jax.debug_key_reuse(True):
       return main([str(argument) for argument in arguments])
 
   return run
@@ -277,3 +272,17 @@ def fails(capsys):
     return lines[0]
 
   return run
+
+
+@pytest.fixture(scope='module')
+def browser():
+  """A headless Chromium, the system's or Playwright's own."""
+  sync_api = pytest.importorskip('playwright.sync_api')
+  path = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
+              None)
+  with sync_api.sync_playwright() as playwright:
+    if path is None and not os.path.exists(playwright.chromium.executable_path):
+      pytest.skip('there is no Chromium here: install chromium, or playwright install chromium')
+    opened = playwright.chromium.launch(executable_path=path, args=['--no-sandbox'])
+    yield opened
+    opened.close()

@@ -1,7 +1,4 @@
-"""Charts of schedules and sampler errors, and of paths and scores in the plane, from arrays.
-
-SVG in the style of `diffusion_jax.viz.charts`.
-"""
+"""Charts of schedules and sampler errors, and of paths and scores in the plane, from arrays."""
 
 from __future__ import annotations
 
@@ -16,9 +13,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from benchmarks.gallery import frame
+from benchmarks.gallery.frame import INK, PALETTE
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz import charts
-from diffusion_jax.viz.charts import INK, PALETTE
+from diffusion_jax.viz.charts import log_snr
 
 Density = tuple[Float[np.ndarray, 'h w 2'], Float[np.ndarray, 'h w']]
 """(points of a `lattice`, density there)."""
@@ -42,21 +40,21 @@ def schedules_chart(
   """
   scales = not all((alpha == 1).all() for _, alpha, _ in schedules.values())
   labels = ('α', 'σ', 'log-SNR') if scales else ('σ', 'log-SNR')
-  with matplotlib.rc_context(charts.STYLE):
-    figure = charts.empty_figure(3.1, 8.4)
+  with matplotlib.rc_context(frame.STYLE):
+    figure = frame.empty_figure(3.1, 8.4)
     panels = figure.subplots(1, len(labels), sharex=True)
     for number, (name, (t, alpha, sigma)) in enumerate(schedules.items()):
-      curves = (alpha, sigma, charts.log_snr(alpha, sigma))[-len(labels):]
+      curves = (alpha, sigma, log_snr(alpha, sigma))[-len(labels):]
       for axes, values in zip(panels, curves, strict=True):
         axes.plot(t, values, color=PALETTE[number % len(PALETTE)], linewidth=1.6,
-                  label=charts.visible(name))
+                  label=frame.visible(name))
     for axes, label in zip(panels, labels, strict=True):
-      charts.plain_axes(axes, 't', label)
+      frame.plain_axes(axes, 't', label)
     if any(np.max(sigma) > 3 for _, _, sigma in schedules.values()):
       panels[-2].set_yscale('log')
-      charts.log_axis(panels[-2].yaxis)
-    charts.legend_below(figure, panels[-1], 6)
-    return charts.render(figure, title)
+      frame.log_axis(panels[-2].yaxis)
+    frame.legend_below(figure, panels[-1], 6)
+    return frame.render(figure, title)
 
 
 def error_chart(
@@ -70,10 +68,10 @@ def error_chart(
       and counted in a note.
     orders: slopes to draw as faint guides: of order p is an error that falls as calls^-p.
   """
-  with matplotlib.rc_context(charts.STYLE):
-    figure = charts.empty_figure(3.2 + 0.17 * -(-len(errors) // 3))
+  with matplotlib.rc_context(frame.STYLE):
+    figure = frame.empty_figure(3.2 + 0.17 * -(-len(errors) // 3))
     axes = figure.add_subplot()
-    charts.plain_axes(axes, 'network calls', ylabel)
+    frame.plain_axes(axes, 'network calls', ylabel)
     drawn, left_out = [], 0
     for number, (name, points) in enumerate(errors.items()):
       kept = sorted(p for p in points if min(p) > 0 and np.isfinite(p).all())
@@ -81,14 +79,14 @@ def error_chart(
       axes.plot(
         *zip(*kept, strict=True) if kept else ([], []), color=PALETTE[number % len(PALETTE)],
         linestyle=_LINES[number // len(PALETTE) % len(_LINES)], linewidth=1.5, marker='o',
-        markersize=3, label=charts.visible(name),
+        markersize=3, label=frame.visible(name),
       )
     if drawn:
       _log_log(axes, np.array(drawn), orders)
-    charts.notes(axes, len(drawn), left_out)
+    frame.notes(axes, len(drawn), left_out)
     if errors:
-      charts.legend_below(figure, axes)
-    return charts.render(figure, title)
+      frame.legend_below(figure, axes)
+    return frame.render(figure, title)
 
 
 def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
@@ -96,8 +94,8 @@ def _log_log(axes: Axes, points: np.ndarray, orders: Sequence[int]) -> None:
   axes.set_xscale('log')
   axes.set_yscale('log')
   (low, bottom), (high, top) = points.min(axis=0), points.max(axis=0)
-  charts.log_axis(axes.xaxis, (1, 2, 5))
-  charts.log_axis(axes.yaxis)
+  frame.log_axis(axes.xaxis, (1, 2, 5))
+  frame.log_axis(axes.yaxis)
   bottom /= 4  # The steepest guide may run below all points.
   for order in orders if high > low else ():
     end = min(high, low * (top / bottom) ** (1 / order)) if top > bottom else high
@@ -126,14 +124,14 @@ def trajectory_chart(
   if paths.shape[1] > _PATHS:
     paths = paths[:, np.linspace(0, paths.shape[1] - 1, _PATHS).round().astype(int)]
   paths = _finite(paths)
-  with matplotlib.rc_context(charts.STYLE):
+  with matplotlib.rc_context(frame.STYLE):
     figure, axes = _plane(density, paths)
     axes.plot(paths[..., 0], paths[..., 1], color=INK, linewidth=0.7, alpha=0.45)
     start, end = paths[0], paths[-1]
     axes.plot(*start.T, 'o', markersize=3, markerfacecolor='none', color=PALETTE[1], label='start')
     axes.plot(*end.T, 'o', markersize=3, color=PALETTE[1], label='end')
     axes.legend(loc='upper right', frameon=False, fontsize=8, handletextpad=0.2)
-    return _smooth(charts.render(figure, title))
+    return _smooth(frame.render(figure, title))
 
 
 def score_chart(
@@ -163,14 +161,14 @@ def score_chart(
   spacing = np.ptp(points.reshape(-1, 2), axis=0).max() / max(len(points) - 1, 1)
   scale = spacing / np.maximum(lengths, max(longest, 1e-30))
   arrows = (vectors * scale[..., None])[finite]
-  with matplotlib.rc_context(charts.STYLE):
+  with matplotlib.rc_context(frame.STYLE):
     figure, axes = _plane(density, points)
     if samples is not None:
       axes.plot(*_planar(samples, 2, 'samples').T, 'o', markersize=1.6, markeredgewidth=0,
                 color=PALETTE[1], alpha=0.7)
     axes.quiver(*points[finite].T, *arrows.T, angles='xy', scale_units='xy', scale=1, pivot='mid',
                 color=INK, alpha=0.75, width=0.0035)
-    return _smooth(charts.render(figure, title))
+    return _smooth(frame.render(figure, title))
 
 
 def _planar(array: np.ndarray, ndim: int, name: str) -> np.ndarray:
@@ -189,7 +187,7 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def _plane(density: Density | None, points: np.ndarray) -> tuple[Figure, Axes]:
   """Square axes of equal scales around the density, or else around the finite points."""
-  figure = charts.empty_figure(4.6)
+  figure = frame.empty_figure(4.6)
   axes = figure.add_subplot()
   axes.patch.set_visible(False)
   axes.spines[:].set_alpha(0.3)

@@ -63,9 +63,14 @@ def write_gallery(out: Path, sections: Sequence[Section], title: str) -> list[Pa
 
 def _cards(pictures: Sequence[Picture]) -> str:
   """Wide pictures one below the other, then the others side by side."""
-  card = lambda picture: (picture.heading, picture.svg)
+  card = lambda picture: (picture.heading, _inline(picture.svg))
   wide = [page.chart_grid([card(picture)], wide=True) for picture in pictures if picture.wide]
   return '\n'.join(wide) + page.chart_grid([card(p) for p in pictures if not p.wide])
+
+
+def _inline(svg: str) -> str:
+  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
+  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
 
 
 def standalone(svg: str, heading: str) -> str:

@@ -132,7 +132,7 @@ def incomparable(earlier: Sequence[Row], row: Row) -> list[str]:
   found: dict[str, list[str]] = {}
   for metric in sorted(_metrics(row)):
     last = next((one for one in reversed(earlier) if metric in _metrics(one)), None)
-    for reason in () if last is None else _differences(metric, last, row):
+    for reason in () if last is None else differences(metric, last, row):
       found.setdefault(reason, []).append(metric)
   return [
     f'{", ".join(metrics)}: {reason} in the last row with {"it" if len(metrics) == 1 else "them"} '
@@ -153,7 +153,8 @@ _SAYS = {
 }
 
 
-def _differences(name: str, last: Row, row: Row) -> Iterator[str]:
+def differences(name: str, last: Row, row: Row) -> Iterator[str]:
+  """Yield why values of a metric in two rows say more than how good the models are."""
   known = value_of(name)
   if known is None:
     return

@@ -167,7 +167,7 @@ def _sizes(summary: Summary) -> list[tuple[str, str]]:
   drawn = [
     ('Width', by(lambda sizes: sizes[:, 1]), 'pixels', True),
     ('Height', by(lambda sizes: sizes[:, 0]), 'pixels', True),
-    ('Width / height', by(lambda sizes: sizes[:, 1] / np.maximum(sizes[:, 0], 1)), '', True),
+    ('Width / height', by(lambda sizes: sizes[:, 1] / np.maximum(sizes[:, 0], 1)), 'ratio', True),
   ]
   return [
     (title, histogram_chart(values, title=title, xlabel=unit, ratio=ratio))

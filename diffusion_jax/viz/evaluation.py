@@ -19,14 +19,9 @@ from diffusion_jax.evaluation.pieces import Thumbnails
 from diffusion_jax.evaluation.report import columns_of
 from diffusion_jax.files import atomic_write
 from diffusion_jax.viz import page
-from diffusion_jax.viz.charts import (
-  PALETTE,
-  empty_figure,
-  legend,
-  line_chart,
-  plain_axes,
-  render,
-)
+from diffusion_jax.viz.charts import cloud_chart, line_chart
+from diffusion_jax.viz.page import Figure
+from diffusion_jax.viz.scores import COLUMNS, OWN, best_known, metric_unit, metric_words
 from diffusion_jax.viz.sweep import sweep_charts
 
 MOST_POINTS = 1000
@@ -49,6 +44,14 @@ class Pair(NamedTuple):
   name: str = ''
 
 
+class Shown(NamedTuple):
+  """A sample, its number, and its caption if it has one."""
+
+  sample: UInt8[np.ndarray, 'h w 3']
+  number: int
+  caption: str = ''
+
+
 class Prompt(NamedTuple):
   """A sample with its caption and their CLIP score."""
 
@@ -68,7 +71,8 @@ class ClassRow(NamedTuple):
 def write_evaluation_page(
   path: Path, scores: Mapping[str, Any], *,
   clouds: Mapping[str, PrincipalComponents] = MappingProxyType({}),
-  pairs: Sequence[Pair] = (), best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
+  first: Sequence[Shown] = (), pairs: Sequence[Pair] = (),
+  best: Sequence[Prompt] = (), worst: Sequence[Prompt] = (),
   reconstructions: Mapping[str, Sequence[Pair]] | None = None,
   settling: Mapping[str, np.ndarray] = MappingProxyType({}), classes: Sequence[ClassRow] = (),
 ) -> None:
@@ -77,6 +81,7 @@ def write_evaluation_page(
   Args:
     scores: of `evaluation.report.report`; of a sweep, 'sweep' has each column's combination and
       network calls; 'history' has a line of values for each checkpoint of a run.
+    first: the samples that come first, none chosen.
     pairs: the samples most like a reference image, the most alike first.
     best, worst: the samples that fit their captions best and worst, those first.
     reconstructions: 'best' and 'worst', with their originals, similarity the PSNR in dB.
@@ -84,15 +89,14 @@ def write_evaluation_page(
     classes: those that come out worst.
   """
   body = (
-    f'<header>\n<h1>{page.escape(path.stem)}</h1>\n'
-    f'<p class="muted">{page.escape(_subject(scores))}</p>\n</header>\n'
+    page.first_screen(_header(path.stem, scores) + page.figures(_good(scores)), _first(first))
     + _figures(scores) + _measured(scores) + _warnings(scores) + _classes(classes)
     + _reconstructions('worst', (reconstructions or {}).get('worst', ()))
     + _reconstructions('best', (reconstructions or {}).get('best', ()))
     + page.section('sweep', 'Sweep', SWEPT, page.chart_grid(sweep_charts(scores)))
     + page.section('steps', 'Bound by timestep', BY_STEP, page.chart_grid(_by_step(scores)))
     + _settling(scores, settling)
-    + page.section('history', 'Checkpoints', '', page.chart_grid(_history(scores)))
+    + _history(scores)
     + _prompts('best', 'Best prompts', best) + _prompts('worst', 'Worst prompts', worst)
     + _clouds(clouds) + _pairs(pairs) + _settings(scores)
   )
@@ -100,35 +104,72 @@ def write_evaluation_page(
     file.write(page.page(f'Evaluation · {path.stem}', body).encode())
 
 
-def _subject(scores: Mapping[str, Any]) -> str:
+def _header(name: str, scores: Mapping[str, Any]) -> str:
+  """`body` of what was scored, and against what."""
   settings = scores.get('settings', {})
-  return page.plain({k: settings[k] for k in ('images', 'model', 'reference') if k in settings})
+  subject = next((settings[k] for k in ('model', 'images') if settings.get(k)), name)
+  against = [page.plain(settings[k]) for k in ('images', 'reference')
+             if settings.get(k) and settings[k] != subject]
+  lead = f'<p class="lead">{page.escape("Against " + ", ".join(against))}</p>\n' if against else ''
+  return (f'<header>\n<h1>{page.escape(page.plain(subject))}</h1>\n{lead}'
+          f'<p class="muted">Evaluation · {page.escape(name)}</p>\n</header>\n')
+
+
+def _own(scores: Mapping[str, Any]) -> str:
+  """The column that is the subject: of a sweep the best one."""
+  columns = columns_of(scores)
+  known = next((name for name in columns if name in OWN), columns[0] if columns else '')
+  return scores.get('settings', {}).get('best', known)
+
+
+def _good(scores: Mapping[str, Any]) -> list[Figure]:
+  columns = columns_of(scores)
+  own = _own(scores)
+  shown = [name for name in columns if name == own or name not in scores.get('sweep', {})]
+  metrics = dict.fromkeys(metric for name in shown for metric in scores[name])
+  rows = {metric: [scores[name].get(metric) for name in shown] for metric in metrics}
+  place = shown.index(own) if own in shown else None
+  return best_known(rows, [COLUMNS.get(name, name) for name in shown], place)
+
+
+def _first(shown: Sequence[Shown]) -> str:
+  note = 'The first, none chosen.'
+  return page.section('first', 'Pictures', note, page.strip([
+    ([(one.sample, one.caption or f'sample {one.number}')], page.escape(one.caption))
+    for one in shown
+  ], large=True))
 
 
 def _figures(scores: Mapping[str, Any]) -> str:
   columns, intervals = columns_of(scores), scores.get('intervals', {})
   metrics = list(dict.fromkeys(metric for column in columns for metric in scores[column]))
-  first = scores.get('settings', {}).get('best', columns[0])
+  first = _own(scores)
   cell = lambda column, metric: _cell(
     scores[column].get(metric), intervals.get(metric) if column == first else None
   )
   note = '95 % confidence intervals in brackets, where there are any.' if intervals else ''
+  titles = [COLUMNS.get(column, column) for column in columns]
   if len(columns) > MOST_COLUMNS:
-    rows = [(column, [cell(column, metric) for metric in metrics]) for column in columns]
-    return page.section('figures', 'Figures', note, page.number_table(['', *metrics], rows))
-  rows = [(metric, [cell(column, metric) for column in columns]) for metric in metrics]
+    rows = [(title, [cell(column, metric) for metric in metrics])
+            for title, column in zip(titles, columns, strict=True)]
+    table = page.number_table(['', *map(metric_words, metrics)], rows)
+    return page.section('figures', 'Figures', note, table)
+  rows = [(metric_words(metric), [cell(column, metric) for column in columns])
+          for metric in metrics]
   own = columns.index(first) if first in columns else None
-  return page.section('figures', 'Figures', note, page.number_table(['', *columns], rows, own))
+  return page.section('figures', 'Figures', note, page.number_table(['', *titles], rows, own))
 
 
-def _history(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """A curve over the run's steps for each metric."""
+def _history(scores: Mapping[str, Any]) -> str:
+  """A curve over the run's steps for each metric; of a single step they are in the table."""
   lines = scores.get('history', [])
   names = dict.fromkeys(name for line in lines for name in line if name != 'step')
-  return [
-    (name, line_chart({name: [(line['step'], line.get(name)) for line in lines]},
-                      title=f'{name} of each checkpoint')) for name in names
+  charts = [
+    (metric_words(name), line_chart(
+      {metric_words(name): [(line['step'], line.get(name)) for line in lines]},
+      title=f'{name} of each checkpoint', ylabel=metric_unit(name))) for name in names
   ]
+  return page.section('history', 'Checkpoints', '', page.chart_grid(charts if lines[1:] else []))
 
 
 def _by_step(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -143,7 +184,8 @@ def _by_step(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, bits in found.items()
   }
   return [
-    (title, line_chart(lines, title=title, xlabel='timestep', log_y=True)) for title, lines in (
+    (title, line_chart(lines, title=title, xlabel='timestep', ylabel='bits per dimension',
+                       log_y=True)) for title, lines in (
       ('bits per dimension of each step', each), ('bits per dimension of the steps up to it', sums)
     )
   ]
@@ -156,7 +198,8 @@ def _settling(scores: Mapping[str, Any], images: Mapping[str, np.ndarray]) -> st
     return ''
   title = 'root mean square change to the next number of steps'
   lines = {name: list(map(tuple, points)) for name, points in found['changes'].items()}
-  chart = page.chart_grid([(title, line_chart(lines, title=title, xlabel='steps', log_y=True))])
+  drawn = line_chart(lines, title=title, xlabel='steps', ylabel='levels of 255', log_y=True)
+  chart = page.chart_grid([(title, drawn)])
   rows = page.strip([
     ([(image, f'{name}, {steps} steps') for image, steps in zip(row, found['steps'], strict=True)],
      page.escape(name)) for name, group in images.items() for row in group
@@ -170,7 +213,7 @@ def _cell(value: Any, interval: Mapping[str, float] | None) -> str:
   text = page.number(value)
   if interval is None:
     return text
-  return f'{text} [{page.number(interval["low"])}, {page.number(interval["high"])}]'
+  return f'{text}\n[{page.number(interval["low"])}, {page.number(interval["high"])}]'
 
 
 def _measured(scores: Mapping[str, Any]) -> str:
@@ -191,18 +234,13 @@ def _clouds(clouds: Mapping[str, PrincipalComponents]) -> str:
 
 
 def _scatter(name: str, cloud: PrincipalComponents) -> str:
-  figure = empty_figure(3.4)
-  axes = figure.add_subplot()
   axis = lambda i: (f'axis {i + 1}: {100 * cloud.reference_fraction[i]:.1f} %, '
                     f'{100 * cloud.samples_fraction[i]:.1f} %')
-  plain_axes(axes, axis(0), axis(1))
-  for text, points, color, size in (
-    ('reference', cloud.reference, '0.6', 2.4), ('samples', cloud.samples, PALETTE[0], 3.6)
-  ):
-    shown = np.asarray(points)[:: -(-len(points) // MOST_POINTS)]
-    axes.plot(*shown.T, 'o', markersize=size, markeredgewidth=0, alpha=0.6, color=color, label=text)
-  legend(axes)
-  return render(figure, f'{name}: samples over the reference')
+  some = lambda points: np.asarray(points)[:: -(-len(points) // MOST_POINTS)]
+  return cloud_chart(
+    {'reference': some(cloud.reference), 'samples': some(cloud.samples)},
+    title=f'{name}: samples over the reference', xlabel=axis(0), ylabel=axis(1),
+  )
 
 
 def _pairs(pairs: Sequence[Pair]) -> str:
@@ -285,10 +323,17 @@ def examples(comparison: Comparison, found: Found) -> dict[str, Any]:
   if texts := comparison.captions(column):
     features, rows = next(iter(texts.items()))
     shown |= best_and_worst(*pictured, features, rows, column.captions)
-  return shown
+  return shown | {'first': first_of(*pictured, column.captions or ())}
 
 
-PAIRS, PROMPTS, CLASSES = 12, 12, 5
+def first_of(samples: Features, pictures: Thumbnails, captions: Sequence[str]) -> list[Shown]:
+  """Return the samples that come first, with their captions where those are known."""
+  rows = sorted(map(int, samples.rows))[:FIRST]
+  name = lambda row: captions[row] if row < len(captions) else ''
+  return [Shown(pictures[row], row, name(row)) for row in rows if pictures[row] is not None]
+
+
+PAIRS, PROMPTS, CLASSES, FIRST = 12, 12, 5, 16
 MOST_IN_CLOUD = 5000
 
 

@@ -6,82 +6,31 @@ All functions escape their texts; only arguments named `body` are HTML.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import math
-import re
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-STYLE = """
-:root { color-scheme: light dark; --ground: #faf9f7; --card: #fff; --ink: #24272d;
-  --muted: #656b76; --line: #e5e2dc; --accent: #0a6aa6; --good: #0b7a55; --bad: #b3401a; }
-@media (prefers-color-scheme: dark) { :root { --ground: #15171b; --card: #1d2025; --ink: #e4e5e8;
-  --muted: #9aa0ab; --line: #30343b; --accent: #6db8e8; --good: #4cc79b; --bad: #f0855a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground);
-  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif; }
-header { margin-bottom: 2rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0; letter-spacing: -0.02em;
-  overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 0 0 .45rem; letter-spacing: -0.01em; }
-section { margin-top: 2.75rem; }
-a { color: var(--accent); }
-.muted, figcaption { color: var(--muted); font-size: .875rem; }
-p { margin: .3rem 0 .9rem; max-width: 46rem; }
-.pill { display: inline-block; border: 1px solid currentColor; border-radius: 1rem;
-  padding: .05rem .7rem; font-size: .85rem; margin-right: .6rem; color: var(--accent); }
-.pill.good { color: var(--good); } .pill.bad { color: var(--bad); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .8rem;
-  margin: 0; }
-.figures div, .card { background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; padding: .8rem 1rem; min-width: 0; margin: 0; }
-.figures dt { color: var(--muted); font-size: .85rem; }
-.figures dd { margin: 0; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
-.charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
-.charts.wide { grid-template-columns: 1fr; }
-.charts + .charts { margin-top: 1rem; }
-.card figcaption { color: var(--ink); font-weight: 600; margin-bottom: .3rem;
-  overflow-wrap: anywhere; }
-.chart { display: block; width: 100%; height: auto; }
-.chart text { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif !important; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: left; padding: .42rem .9rem .42rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-tr:last-child > * { border-bottom: 0; }
-thead th { color: var(--muted); font-weight: 500; }
-tbody th { font-weight: 500; }
-.numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; }
-.numbers .own { font-weight: 600; }
-.settings th { width: 40%; overflow-wrap: anywhere; }
-.settings td { font-family: ui-monospace, monospace; font-size: .85rem; overflow-wrap: anywhere; }
-.settings .group th { color: var(--accent); padding-top: 1.1rem; }
-details { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  padding: .7rem 1rem; margin-top: .8rem; }
-summary { cursor: pointer; font-weight: 600; }
-details li, details dd { overflow-wrap: anywhere; white-space: pre-wrap; }
-.latest { display: inline-block; max-width: 100%; background: #fff; }
-.latest img { display: block; max-width: 100%; height: auto; }
-.strip { display: flex; gap: .8rem; overflow-x: auto; padding: .9rem 0 .5rem; }
-.strip figure { margin: 0; flex: none; text-align: center; }
-.strip figcaption { max-width: 13rem; margin: auto; overflow-wrap: anywhere; }
-.strip img { display: block; max-height: 13rem; max-width: 13rem; border-radius: .3rem;
-  border: 1px solid var(--line); background: #fff; }
-footer { margin-top: 3rem; }
-@media (max-width: 36rem) { body { padding: 1.4rem .8rem 3rem; } h1 { font-size: 1.5rem; }
-  .card { padding: .6rem .7rem; } .figures { grid-template-columns: 1fr 1fr; } }
-"""
+_HERE = Path(__file__).parent
+STYLE = (_HERE / 'page.css').read_text(encoding='utf-8')
+SCRIPT = (_HERE / 'page.js').read_text(encoding='utf-8')
+"""The only program of a page: it turns pictures, says values, and follows what is served."""
 
-# The browser itself refuses whatever would come from outside.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# The browser itself refuses whatever would come from outside, and any other program.
+_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+_POLICY = (
+  f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_HASH}'"
+)
+LIVE = '<p id="live" class="muted" role="status"></p>'
+"""In the body of a page that is served, and asks its server for news."""
 
-
-THUMBNAIL = 128
+THUMBNAIL = 256
 """The longest edge of pictures in a strip."""
 
 
@@ -91,14 +40,39 @@ def escape(value: Any) -> str:
 
 
 def page(title: str, body: str) -> str:
-  """A whole HTML document that loads nothing."""
+  """A whole HTML document that loads nothing, and asks for news only with `LIVE` in its body."""
+  policy = _POLICY + ("; connect-src 'self'" if LIVE in body else '')
   return (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+    f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f'<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n'
-    '</body>\n</html>\n'
+    f'<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n'
+    f'<body>\n<main>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n'
   )
+
+
+def first_screen(words: str, pictures: str) -> str:
+  """Return `body` of what a page is of, with its pictures beside it, or below on a phone."""
+  two = ' two' if pictures else ''
+  return f'<div class="first{two}">\n<section id="about">\n{words}</section>\n{pictures}</div>\n'
+
+
+class Figure(NamedTuple):
+  """A value with its name, and a note below it."""
+
+  name: str
+  value: str
+  note: str = ''
+
+
+def figures(found: Sequence[Figure], small: bool = False) -> str:
+  """Return values in a row, large unless `small`; nothing without any."""
+  note = lambda one: f'<dd class="muted">{escape(one.note)}</dd>' if one.note else ''
+  items = ''.join(
+    f'<div><dt>{escape(one.name)}</dt><dd>{escape(one.value)}</dd>{note(one)}</div>\n'
+    for one in found
+  )
+  return f'<dl class="figures{" small" if small else ""}">\n{items}</dl>\n' if items else ''
 
 
 def section(name: str, heading: str, note: str, body: str) -> str:
@@ -115,37 +89,55 @@ def pill(text: Any, look: str = '') -> str:
 
 
 def chart_grid(charts: Sequence[tuple[str, str]], wide: bool = False) -> str:
-  """Return cards of (title, SVG) side by side, wide ones in a row each; nothing without charts."""
+  """Return cards of (title, `body`) side by side, wide ones in a row each; nothing without any."""
   if not charts:
     return ''
   cards = [
-    f'<figure class="card"><figcaption>{escape(title)}</figcaption>{_inline(svg)}</figure>'
-    for title, svg in charts
+    f'<figure class="card"><figcaption>{escape(title)}</figcaption>{chart}</figure>'
+    for title, chart in charts
   ]
   return f'<div class="charts{" wide" if wide else ""}">\n{"".join(cards)}\n</div>'
-
-
-def _inline(svg: str) -> str:
-  """Inside HTML an <svg> needs no namespaces; without them no address is left in the page."""
-  return re.sub(r' xmlns(:xlink)?="[^"]*"', '', svg, count=2)
 
 
 def number_table(
   columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], strong: int | None = None
 ) -> str:
-  """Return a table of numbers, the name of each row first; the cells `strong` of rows stand out."""
-  head = ''.join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+  """Return a table of numbers, the name of each row first; the cells `strong` of rows stand out.
+
+  What follows a line feed in a cell is shown small.
+  """
+  head = ''.join(f'<th scope="col">{escape(column)}</th>' if column else '<td></td>'
+                 for column in columns)
   own = lambda place: ' class="own"' if place == strong else ''
   body = ''.join(
     f'<tr><th scope="row">{escape(name)}</th>'
-    + ''.join(f'<td{own(place)}>{escape(cell)}</td>' for place, cell in enumerate(cells))
+    + ''.join(f'<td{own(place)}>{_cell(cell)}</td>' for place, cell in enumerate(cells))
     + '</tr>\n'
     for name, cells in rows
   )
-  return (
-    f'<div class="card scroll"><table class="numbers"><thead><tr>{head}</tr></thead>'
-    f'<tbody>\n{body}</tbody></table></div>'
+  return _scrolling(f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>\n{body}'
+                    '</tbody></table>', 'numbers')
+
+
+def word_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+  """Return a table of words, the name of each row first."""
+  head = ''.join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+  body = ''.join(
+    f'<tr><th scope="row">{escape(name)}</th>'
+    f'{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>\n' for name, cells in rows
   )
+  return _scrolling(f'<table class="settings"><thead><tr>{head}</tr></thead><tbody>\n{body}'
+                    '</tbody></table>', 'settings')
+
+
+def _cell(text: str) -> str:
+  value, _, small = text.partition('\n')
+  return escape(value) + (f' <span class="range">{escape(small)}</span>' if small else '')
+
+
+def _scrolling(table: str, name: str, look: str = 'card ') -> str:
+  """Return a table in a frame that scrolls, also by the keyboard, where a screen is narrow."""
+  return f'<div class="{look}scroll" tabindex="0" role="group" aria-label="{name}">{table}</div>'
 
 
 def bullets(texts: Sequence[str]) -> str:
@@ -159,7 +151,7 @@ def settings_table(values: dict[str, Any]) -> str:
   rows: list[str] = []
   _settings_rows(values, '', rows)
   table = f'<table class="settings"><tbody>\n{"".join(rows)}</tbody></table>'
-  return f'<div class="scroll">{table}</div>'
+  return _scrolling(table, 'settings', '')
 
 
 def _settings_rows(values: dict[str, Any], path: str, rows: list[str]) -> None:
@@ -214,6 +206,33 @@ def duration(seconds: float) -> str:
   return f'{s // 86400} d {s % 86400 // 3600} h'
 
 
+class Frame(NamedTuple):
+  """A picture of a step: its data URL, and what it shows, for screen readers."""
+
+  step: int
+  source: str
+  label: str
+
+
+def flip(sets: Sequence[tuple[str, Sequence[Frame]]]) -> str:
+  """Return pictures to flip through by one slider: of each (`body` of its caption, frames) the
+  last one up to the slider's step. The newest is shown where no program runs."""
+  books = ''
+  for caption, frames in sets:
+    images = ''.join(
+      f'<img data-step="{frame.step}" src="{frame.source}" alt="{escape(frame.label)}"'
+      f'{" class=shown" if frame is frames[-1] else ""}>\n' for frame in frames
+    )
+    about = f'<figcaption>{caption}</figcaption>' if caption else ''
+    books += f'<figure class="flip"><div class="frames">\n{images}</div>{about}</figure>\n'
+  beside = f'<div class="pair">\n{books}</div>' if len(sets) > 1 else books
+  return (
+    f'<div class="flips">\n{beside}<div class="turn" hidden>'
+    '<input type="range" min="0" value="0" aria-label="step of the pictures"><output></output>'
+    '</div></div>\n'
+  )
+
+
 def picture(pixels: np.ndarray, label: str) -> str:
   """Return a small copy of an image, uint8 [h w 3], with a label for screen readers."""
   image = Image.fromarray(pixels)
@@ -221,13 +240,16 @@ def picture(pixels: np.ndarray, label: str) -> str:
   return f'<img src="{embed_image(image, 60_000)}" alt="{escape(label)}">'
 
 
-def strip(shown: Sequence[tuple[Sequence[tuple[np.ndarray, str]], str]]) -> str:
-  """Return a strip of ([(image, what it is) below each other], `body` of the caption)."""
-  figures = ''.join(
+def strip(
+  shown: Sequence[tuple[Sequence[tuple[np.ndarray, str]], str]], large: bool = False
+) -> str:
+  """Return rows of ([(image, what it is) below each other], `body` of the caption); large: four to
+  a row beside words."""
+  items = ''.join(
     f'<figure>{"".join(picture(*image) for image in images)}'
     f'<figcaption>{caption}</figcaption></figure>\n' for images, caption in shown
   )
-  return f'<div class="strip">\n{figures}</div>' if figures else ''
+  return f'<div class="strip{" large" if large else ""}">\n{items}</div>' if items else ''
 
 
 def embed_image(image: Image.Image, limit: int) -> str:
@@ -237,7 +259,18 @@ def embed_image(image: Image.Image, limit: int) -> str:
     image.save(buffer, format='PNG', optimize=True)
     size = len(buffer.getvalue()) * 4 / 3
     if size <= limit or max(image.size) <= 64:
-      return 'data:image/png;base64,' + base64.b64encode(buffer.getvalue()).decode()
+      return png_source(buffer.getvalue())
     factor = max(0.3, min(0.85, math.sqrt(limit / size) * 0.97))
     smaller = [max(1, round(side * factor)) for side in image.size]
     image = image.resize(smaller, Image.Resampling.LANCZOS)
+
+
+def png_source(data: bytes) -> str:
+  """Return the data URL of a PNG file."""
+  return 'data:image/png;base64,' + base64.b64encode(data).decode()
+
+
+def words(name: str) -> str:
+  """Return a key as words: 'gradient_norm' is 'Gradient norm'."""
+  text = ' '.join(name.replace('_', ' ').split())
+  return text[:1].upper() + text[1:]

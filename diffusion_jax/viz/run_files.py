@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_jax.errors import UserError
-from diffusion_jax.files import read_object, reading
+from diffusion_jax.files import bounded_bytes, read_object, reading
 
 Line = dict[str, Any]
 Point = tuple[float, float | None]
@@ -32,6 +32,8 @@ MOST_BYTES = 2**18
 _USUAL_BYTES = 2**13
 """Bytes of a line; only small values are kept of a longer one."""
 MOST_STEP = 2**53
+MOST_CARD = 2**20
+"""Bytes of a model card."""
 _NUMBER, _VALUE = operator.itemgetter(0), operator.itemgetter(1)
 _SCALARS = (int, float, bool, type(None))
 _LARGEST = 1e30
@@ -320,8 +322,9 @@ class Moment(NamedTuple):
 class Run:
   """A run directory; missing parts are empty.
 
-  name: the directory's own. grids: (step, path) of the sample grids, in order. has_model_card:
-  there is a README.md.
+  name: the directory's own. grids: (step, path) of the sample grids, in order. card: what the model
+  card says first: its 'title', and its facts by name, such as 'Data'. has_model_card: there is a
+  README.md.
   """
 
   name: str
@@ -331,6 +334,7 @@ class Run:
   scores: dict[str, Any]
   versions: dict[str, Any]
   status: dict[str, Any]
+  card: dict[str, str]
   has_model_card: bool
 
   @property
@@ -364,7 +368,7 @@ def read_run(workdir: Path, metrics: MetricsFile | None = None) -> Run:
       'give the workdir of a training run that has started.'
     )
   return Run(
-    name=workdir.resolve().name, metrics=metrics, grids=grids,
+    name=workdir.resolve().name, metrics=metrics, grids=grids, card=_card(workdir / 'README.md'),
     has_model_card=(workdir / 'README.md').is_file(), **objects,
   )
 
@@ -374,6 +378,18 @@ def find_grids(folder: Path) -> list[tuple[int, Path]]:
   found = (path for path in folder.glob('*.png') if path.is_file())
   matches = ((re.fullmatch(r'step_(\d+)\.png', path.name), path) for path in found)
   return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _card(path: Path) -> dict[str, str]:
+  """Return the title and the first facts of a model card; nothing of what is not one of ours."""
+  try:
+    text = bounded_bytes(path, MOST_CARD).decode(errors='replace') if path.is_file() else ''
+  except UserError:
+    return {}
+  head = text.partition('\n## ')[0]
+  facts = dict(re.findall(r'^- ([A-Z][\w ]{1,40}): (.{1,300})$', head, re.MULTILINE))
+  title = re.match(r'# (.{1,200})\n', head)
+  return {'title': title[1]} | facts if title and facts else {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:

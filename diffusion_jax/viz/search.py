@@ -31,13 +31,16 @@ class Result(NamedTuple):
 
 def write_search_page(path: Path, results: Sequence[Result], about: Sequence[str]) -> None:
   """Write a self-contained page; about: sentences on what was searched."""
-  body = f'<header><h1>{page.escape("Search")}</h1></header>{page.bullets(about)}'
+  found = f'<header><h1>Search</h1></header>{page.bullets(about)}'
+  body = page.first_screen(found, '')
   for number, result in enumerate(results):
     shown = [
       ([(hit.pixels, hit.name)], f'{hit.similarity:.3f}<br>{page.escape(hit.name)}')
       for hit in result.hits
     ]
-    own = '' if result.picture is None else page.picture(result.picture, result.query)
+    own = '' if result.picture is None else (
+      f'<div class="asked">{page.picture(result.picture, result.query)}</div>'
+    )
     body += page.section(f'query-{number}', result.query, '', own + page.strip(shown))
   with atomic_write(path) as file:
     file.write(page.page('Search', body).encode())

@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
+from diffusion_jax.viz.plot import COLOURS, EDGE, Line, Scale, plot
+from diffusion_jax.viz.scores import metric_unit, metric_words
 
-from diffusion_jax.viz import charts
-from diffusion_jax.viz.charts import PALETTE
-
-MARKERS = 'osD^vP'
-SHORT = 24
-"""Characters of a name of which two fit beside each other below a chart."""
 MOST_LABELLED = 30
 """Points in a chart whose values are written beside them."""
 
@@ -54,7 +49,7 @@ def short(value: Any) -> str:
 
 
 def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """Return (heading, SVG) of each chart that the sweep has metrics for; none without a sweep."""
+  """Return (heading, chart) of each chart that the sweep has metrics for; none without a sweep."""
   swept = scores.get('sweep', {})
   points = [
     {**scores[name], **point['combination'], 'network_calls': point['network_calls'],
@@ -68,8 +63,8 @@ def sweep_charts(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
     for y in distances:
       known = [p for p in points if p.get(chart.x) is not None and (p[chart.x] or not chart.log_x)]
       if len({p[chart.x] for p in known}) > 1:
-        heading = f'{y} against {chart.xlabel}'
-        found.append((heading, _drawn(_lines(known, chart, y), chart, y, heading)))
+        drawn = _drawn(_lines(known, chart, y), chart, y, f'{y} against {chart.xlabel}')
+        found.append((f'{metric_words(y)} against {chart.xlabel}', drawn))
   return found
 
 
@@ -88,23 +83,18 @@ def _lines(points: Sequence[Mapping[str, Any]], chart: Chart, y: str) -> dict[st
   }
 
 
-def _drawn(lines: Mapping[str, Sequence[Labelled]], chart: Chart, ylabel: str, title: str) -> str:
-  with matplotlib.rc_context(charts.STYLE):
-    figure = charts.empty_figure(3.4)
-    axes = figure.add_subplot()
-    charts.plain_axes(axes, chart.xlabel, ylabel)
-    if chart.log_x:
-      axes.set_xscale('log')
-      charts.log_axis(axes.xaxis, (1, 2, 5))
-    labelled = sum(map(len, lines.values())) <= MOST_LABELLED
-    for number, (name, points) in enumerate(lines.items()):
-      colour = PALETTE[number % len(PALETTE)]
-      axes.plot(
-        [p.x for p in points], [p.y for p in points], color=colour, linewidth=1.4, markersize=4,
-        marker=MARKERS[number // len(PALETTE) % len(MARKERS)], label=charts.visible(name or 'all'),
-      )
-      for p in points if labelled else ():
-        axes.annotate(p.text, (p.x, p.y), xytext=(4, 4), textcoords='offset points', fontsize=7)
-    if len(lines) > 1:
-      charts.legend_below(figure, axes, columns=1 if max(map(len, lines)) > SHORT else 2)
-    return charts.render(figure, title)
+def _drawn(lines: Mapping[str, Sequence[Labelled]], chart: Chart, y: str, title: str) -> str:
+  found = [point for points in lines.values() for point in points]
+  few, along = len(found) <= MOST_LABELLED, chart.along.replace('_', ' ')
+  drawn = []
+  for number, (name, points) in enumerate(lines.items()):
+    texts = [f'{along} {p.text}' if p.text else '' for p in points]
+    drawn.append(Line(
+      name or 'all', [(p.x, p.y) for p in points], ('', 'dashed')[number // COLOURS % 2],
+      texts=texts, tags=[p.text for p in points] if few else (),
+    ))
+  return plot(
+    drawn, Scale.of([p.x for p in found], chart.log_x, EDGE), Scale.of([p.y for p in found],
+                                                                       room=EDGE),
+    title=title, xlabel=chart.xlabel, ylabel=f'{y}: {metric_unit(y)}', apart=True,
+  )

@@ -19,11 +19,13 @@ def _scores(**changes):
 def test_one_chart_for_each_thing_that_a_distance_is_shown_against():
   charts = sweep_charts(_scores())
   assert [heading for heading, _ in charts] == [
-    'fd_clip against CLIP score', 'fd_clip against network calls'
+    'Fréchet distance, CLIP features ↓ against CLIP score',
+    'Fréchet distance, CLIP features ↓ against network calls',
   ]
   # Two values of the other setting: two lines, named below.
-  for (_, svg), other in zip(charts, ('steps', 'guidance'), strict=True):
-    assert len(re.findall(rf'>{other}=\d+<', svg)) == 2
+  for (_, chart), other in zip(charts, ('steps', 'guidance'), strict=True):
+    assert len(re.findall(rf'>{other}=\d+<', chart)) == 2
+    assert 'aria-label="fd_clip against' in chart and '>fd_clip: squared distance' in chart
   assert sweep_charts({'generated': {'fd_clip': 1.0}}) == []
   assert len(sweep_charts(_scores(real={}))) == 2
 

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from benchmarks.gallery.charts import error_chart, lattice, score_chart, trajectory_chart
+from benchmarks.gallery.frame import PALETTE
 from diffusion_jax.errors import UserError
-from diffusion_jax.viz.charts import PALETTE
 
 INK = 'currentColor'
 POINTS = lattice(2.0, 21)
