@@ -5,7 +5,8 @@
 #   --config FILE.py [--workdir DIR] [--nodes N] [--per-node C] [--topology T] [--slices S]
 #   [--restarts R] [--spot] [--namespace NS] [--run-id ID] [--dry-run] [--quiet] [KEY=VALUE ...]
 #
-# --image       has this repository in its working directory, installed with jax[tpu] or jax[cuda13]
+# --image       has this repository in its working directory, installed with jax[tpu] or jax[cuda13];
+#               Dockerfile makes one
 # --accelerator nvidia-h100-80gb, tpu-v5-lite-podslice, ...: the label of the node pool
 # --claim       a PersistentVolumeClaim that many may write; it is mounted at /runs, and the
 #               workdir is /runs/RUN_ID unless given
