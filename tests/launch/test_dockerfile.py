@@ -96,7 +96,7 @@ def test_its_steps_install_what_the_launcher_runs(tmp_path):
           (place / target).mkdir(exist_ok=True)
           shutil.copy(ROOT / source, place / target)
     elif name == 'RUN':
-      command = re.sub(r'\$\{(\w+)\}', lambda match: values[match[1]], rest)
+      command = re.sub(r'\$\{(\w+)\}', lambda match, of=values: of[match[1]], rest)
       assert command.startswith('python -m pip install ')
       given = [part for part in shlex.split(command)[4:] if not part.startswith('jax[')]
       said(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-index',
