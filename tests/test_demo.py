@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,16 +39,6 @@ sys.exit(main(sys.argv[2:]))
 """
 LOCAL = ('data:', 'blob:')
 HERE = {'127.0.0.1', 'localhost', '::1', 'None'}
-
-
-@pytest.fixture(scope='module')
-def browser():
-  playwright = pytest.importorskip('playwright.sync_api')
-  chromium = shutil.which('chromium')
-  if not chromium:
-    pytest.skip('there is no Chromium')
-  with playwright.sync_playwright() as driver:
-    yield driver.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
 
 
 @pytest.fixture(scope='module')

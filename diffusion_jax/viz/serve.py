@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import os
 import threading
@@ -25,11 +24,10 @@ _FILES = ('config', 'status', 'scores', 'versions')
 
 
 class Made(NamedTuple):
-  """A page, its name among all pages, and when the run has last written."""
+  """A page, and its name among all pages."""
 
   text: bytes
   tag: str
-  written: float
 
 
 class LivePage:
@@ -40,7 +38,7 @@ class LivePage:
     self._metrics = MetricsFile(self._workdir / 'metrics.jsonl')
     self._lock = threading.Lock()
     self._seen: object = None
-    self._made = Made(b'', '', 0.0)
+    self._made = Made(b'', '')
     self._next = -float('inf')
 
   def __call__(self) -> Made:
@@ -49,8 +47,7 @@ class LivePage:
       start = self._clock()
       if start >= self._next and (seen := self._stamps()) != self._seen:
         text = self._text().encode(errors='replace')
-        written = max((stamp[0] for stamp in seen.values()), default=0) / 1e9
-        self._made = Made(text, f'"{hashlib.sha256(text).hexdigest()[:24]}"', written)
+        self._made = Made(text, f'"{hashlib.sha256(text).hexdigest()[:24]}"')
         self._seen = seen
         self._next = self._clock() + REST * (self._clock() - start)
       return self._made
@@ -116,20 +113,16 @@ class _Handler(BaseHTTPRequestHandler):
     elif self.path == '/':
       made = self.pages()
       is_known = self.headers.get('If-None-Match') == made.tag
-      self._send(304 if is_known else 200, b'' if is_known else made.text, headers={
-        'ETag': made.tag, 'Last-Modified': email.utils.formatdate(made.written, usegmt=True),
-      })
+      self._send(304 if is_known else 200, b'' if is_known else made.text, tag=made.tag)
     elif self.path == '/README.md' and (card := self.pages.card()) is not None:
       self._send(200, card, 'text/plain')
     else:
       self._send(404, b'')
 
-  def _send(
-    self, code: int, text: bytes, kind: str = 'text/html', headers: dict[str, str] | None = None
-  ) -> None:
+  def _send(self, code: int, text: bytes, kind: str = 'text/html', tag: str = '') -> None:
     self.send_response(code)
-    for name, value in (headers or {}).items():
-      self.send_header(name, value)
+    if tag:
+      self.send_header('ETag', tag)
     self.send_header('Content-Type', f'{kind}; charset=utf-8')
     self.send_header('Content-Length', str(len(text)))
     self.send_header('X-Content-Type-Options', 'nosniff')
