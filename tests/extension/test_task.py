@@ -25,7 +25,7 @@ def test_a_task(outside, trained_with, command, sources):
   assert (workdir / 'samples' / 'step_00000040.png').exists()
   assert 'Mean of images' in (workdir / 'README.md').read_text()
   assert command('report', '--workdir', workdir) == 0
-  assert 'mean_distance' in (workdir / 'report.html').read_text()
+  assert 'Mean distance' in (workdir / 'report.html').read_text()
 
 
 def test_a_run_of_it_is_scored_by_evaluate(outside, trained_with, command, tmp_path):

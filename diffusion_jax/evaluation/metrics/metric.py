@@ -196,7 +196,7 @@ OF_EVALUATORS = (
   Value('bits_per_dim', 'Bits per dimension', LOWER),
   Value('bits_per_dim_bound', 'Bits per dimension of pixels, bound: the sum of three', LOWER),
   Value('bits_per_dim_prior', 'of these, of the end: L_T'),
-  Value('bits_per_dim_steps', 'of these, of the steps between: L_{t-1}'),
+  Value('bits_per_dim_steps', 'of these, of the steps between: L_t'),
   Value('bits_per_dim_decoder', 'of these, of the levels of pixels: L_0'),
   Value('bits_per_dim_flow', 'Bits per dimension of pixels, probability flow', LOWER),
   Value('energy_distance', 'Energy distance to the test points', LOWER),

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffusion_jax.limits import Length
-from diffusion_jax.models.config import Edge, Layers, NetworkConfig, Width, Widths, check_size
+from diffusion_jax.models.config import (
+  Edge,
+  Factor,
+  Layers,
+  NetworkConfig,
+  Width,
+  Widths,
+  check_size,
+)
 from diffusion_jax.models.layers import (
   Conv,
   Downsample2D,
@@ -43,7 +51,7 @@ class ClassifierConfig(NetworkConfig):
   class_names: tuple[Annotated[str, Length(0, 200)], ...] = ()
   noised: Annotated[str, Length(0, 50)] = ''
   in_channels: Width = 3
-  scaling_factor: float = 1.0
+  scaling_factor: Factor = 1.0
 
   def check(self) -> None:
     self.check_blocks(self.layers_per_block * len(self.block_out_channels))
