@@ -132,10 +132,10 @@ def test_a_brush_says_what_is_painted(page, tmp_path):
   colors = np.random.default_rng(0).integers(0, 256, (tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8)
   Image.fromarray(colors).save(tmp_path / 'own.png')
   page.get_by_role('button', name='Start from a picture').click()
-  for _ in range(5):  # A file that comes before the editor is ready is lost, and nothing tells.
-    page.locator('#editor input[type=file]').first.set_input_files(tmp_path / 'own.png')
-    page.get_by_role('button', name='Zoom in').wait_for()
-    page.wait_for_timeout(3000)
+  page.locator('#editor canvas').first.wait_for()  # A file that comes before it is lost.
+  page.locator('#editor input[type=file]').first.set_input_files(tmp_path / 'own.png')
+  page.get_by_role('button', name='Zoom in').wait_for()
+  for _ in range(5):  # The editor's buttons are there a moment before its picture.
     assert draw(page, Prompt='sun').startswith('1 of 1')
     whole, metadata = downloaded(page)
     if 'image' in metadata:
