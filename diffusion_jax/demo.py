@@ -199,7 +199,7 @@ def _fields(gradio: ModuleType, session: Session, limits: Limits) -> tuple[dict,
       fields['size'] = gradio.Textbox(
         label='Height x width in pixels', placeholder=f'{height}x{width}', max_length=20
       )
-  if model.takes_pictures and not getattr(model, 'stages', ()):
+  if model.takes_pictures and not model.stages:
     fields |= _picture_fields(gradio, session)
   return fields, buttons
 
