@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     'schedule': {
       'beta_schedule': 'linear', 'beta_start': 0.999, 'beta_end': 0.999, 'num_train_timesteps': 2,
     },
-    'objective': {'prediction': 'sample'},
     'caption_dropout': 0.0,
   })
   config.settings.conditioners.upscale.update({'beta_start': 1e-9, 'beta_end': 1e-9})  # No noise.
