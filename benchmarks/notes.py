@@ -70,8 +70,9 @@ def commands(name: str) -> dict[str, list[str]]:
     '--samples', '379',
   ]
   if system.metrics:
+    what = ('sweep', f'steps={system.steps}') if system.steps else ('model',)
     found['scores'] = [
-      'evaluate', 'model', *_source(name), *(scored if system.pictures else ()),
+      'evaluate', *what, *_source(name), *(scored if system.pictures else ()),
       '--out', f'{workdir}/table.json',
     ]
   if system.likelihood:
@@ -130,8 +131,9 @@ def measure(name: str) -> dict[str, Any]:
     entry |= _trained((system.weights,))
   loaded = lambda file: json.loads((ROOT / _workdir(name) / file).read_text('utf-8'))
   if 'scores' in made:
-    scores, columns = loaded('table.json'), ('generated', 'untrained', 'real', 'test')
-    entry |= {column: scores[column] for column in columns if column in scores}
+    scores, columns = loaded('table.json'), {'generated', 'untrained', 'real', 'test'}
+    own = {f'steps={system.steps}': 'generated'} | {column: column for column in columns}
+    entry |= {own[column]: values for column, values in scores.items() if column in own}
   if 'likelihood' in made:
     entry['likelihood'] = loaded('likelihood.json')
   return entry
@@ -311,7 +313,7 @@ def run(args: argparse.Namespace) -> int:
     for name in names:
       add(name, measure(name))
   elif args.what == 'speed':
-    for name in filter(lambda name: _draws(ALL[name]), names):
+    for name in (name for name in names if name in SYSTEMS and _draws(SYSTEMS[name])):
       add(name, read()[name] | {'seconds_a_picture': round(seconds_a_picture(name), 4)})
   elif args.what == 'sheet':
     sheet([name for name in names if name in SYSTEMS and _draws(SYSTEMS[name])])

@@ -25,6 +25,8 @@ class System(NamedTuple):
   cascade: whether it is a cascade, of the models of `parts` and its own as the last.
   weights: the system whose run it draws with, or a model; nothing else is trained.
   options: of sampling, in place of the model's own.
+  steps: how many it draws in, where it stands in the second table alone; such a row needs no
+  untrained value beside it.
   """
 
   number: int
@@ -40,6 +42,7 @@ class System(NamedTuple):
   cascade: bool = False
   weights: str = ''
   options: tuple[str, ...] = ()
+  steps: int = 0
 
 
 PICTURES = ('fd', 'kid')
@@ -180,10 +183,10 @@ SYSTEMS = {
 
 def _in_steps(of: str, steps: int, *more: str, model: str = '') -> System:
   """Return a system in another number of steps; model: in place of its own weights."""
-  options = (*SYSTEMS[of].options[:-2], *more, '--steps', str(steps))
+  options = (*SYSTEMS[of].options[:-2], *more)
   weights = model or SYSTEMS[of].weights or of
   before = () if model else (weights,)
-  return SYSTEMS[of]._replace(before=before, weights=weights, options=options)
+  return SYSTEMS[of]._replace(before=before, weights=weights, options=options, steps=steps)
 
 
 EULER = ('--sampler', 'flow_euler', '--guidance', '2')

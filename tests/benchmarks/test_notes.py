@@ -82,8 +82,26 @@ def test_weights_of_another_system_are_scored_with_other_options():
   assert words.startswith('evaluate model --workdir runs/notes/ddpm --sampler ddim --eta 0')
   assert words.endswith('--out runs/notes/ddim/table.json')
   words = ' '.join(notes.commands('ddim_10')['scores'])
-  assert '--sampler ddim --eta 0 --steps 10' in words and '/ddim_10/' in words
+  start = 'evaluate sweep steps=10 --workdir runs/notes/ddpm --sampler ddim --eta 0'
+  assert words.startswith(start)
+  assert '--steps' not in words and '/ddim_10/' in words
   assert '--model asset:text-to-image' in ' '.join(notes.commands('unet_50')['scores'])
+
+
+def test_a_row_by_steps_is_the_column_of_its_sweep(tmp_path, monkeypatch):
+  monkeypatch.setattr(notes, 'ROOT', tmp_path)
+  for folder, file, found in (
+    ('ddpm', 'status.json', {'step': 8, 'goodput': {'step': 2.0, 'compile': 1.0}}),
+    ('ddpm', 'step.json', {'parameters': 3}),
+    ('ddim_10', 'table.json', {'steps=10': {'fd_clip': 3.0}, 'real': {'fd_clip': 1.0}, 'best': 0}),
+  ):
+    (tmp_path / 'runs/notes' / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'runs/notes' / folder / file).write_text(json.dumps(found))
+  done = lambda command, **_: subprocess.CompletedProcess(command, 0)
+  monkeypatch.setattr(notes.subprocess, 'run', done)
+  entry = notes.measure('ddim_10')
+  assert entry['generated'] == {'fd_clip': 3.0} and entry['real'] == {'fd_clip': 1.0}
+  assert entry['parameters'] == 3 and 'untrained' not in entry
 
 
 def test_fewer_steps_are_held_to_those_of_the_teacher(tmp_path, monkeypatch):
