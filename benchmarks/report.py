@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.collectives import KINDS
+from diffusion_jax.parallel.collectives import KINDS
 
 NOTE = """MB that a device sends in a step. XLA for CPUs writes a reduce-scatter as an all-reduce,
 which sends twice as much; on GPUs and TPUs it does not."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from diffusion_jax.parallel.mesh import abstract_batch
-from diffusion_jax.train.state import TrainState
+from diffusion_jax.parallel.mesh import abstract_batch, shard_params, with_shardings
+from diffusion_jax.train.state import TrainState, abstract_state
 from diffusion_jax.train.step import Step, make_step
 from diffusion_jax.train.training import Training
 
@@ -79,6 +79,26 @@ def step_and_batch(training: Training, abstract: TrainState) -> tuple[Step, dict
     guard=t.safety,
   )
   return step, batch_of(t)
+
+
+def abstract_of(training: Training) -> TrainState:
+  """Return the shapes of the state that a run begins with, on their shards."""
+  t = training
+  return abstract_state(t.task, t.optimizer, t.loop.ema_halflife_images > 0, t.mesh)
+
+
+def abstract_arguments(training: Training) -> tuple[Step, tuple[TrainState, dict, dict]]:
+  """Return (jitted step, (state, frozen, batch) as shapes): what `compile_step` takes.
+
+  Nothing is allocated on the devices. Call it, and compile, under `jax.set_mesh`.
+  """
+  abstract, mesh = abstract_of(training), training.mesh
+  frozen = {
+    role: with_shardings(params, shard_params(params, mesh))
+    for role, params in training.task.frozen.items()
+  }
+  step, batch = step_and_batch(training, abstract)
+  return step, (abstract, frozen, batch)
 
 
 def batch_of(training: Training, bucket: int | None = None) -> dict:

@@ -5,16 +5,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from benchmarks.collectives import (
-  Collective,
-  beside_parameters,
-  by_kind,
-  moved,
-  read_collectives,
-  step_collectives,
-)
+from benchmarks.collectives import beside_parameters, step_collectives
 from benchmarks.run import built
 from diffusion_jax.config import parse, untyped
+from diffusion_jax.parallel.collectives import Collective, by_kind, moved, read_collectives
 from tests import tiny
 
 TEXT = """HloModule jit_step

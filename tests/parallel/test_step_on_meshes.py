@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.collectives import beside_parameters, by_kind, moved, read_collectives
+from benchmarks.collectives import beside_parameters
 from diffusion_jax import build
 from diffusion_jax.config import parse
+from diffusion_jax.parallel.collectives import by_kind, moved, read_collectives
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params, to_host
 from diffusion_jax.train.compile import held
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer
