@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from benchmarks.flops import read_arguments
 from diffusion_jax.parallel.collectives import Collective, by_kind, moved, read_collectives
+from diffusion_jax.planning.flops import read_arguments
 from diffusion_jax.train.compile import abstract_arguments
 from diffusion_jax.train.training import Training
 from diffusion_jax.types import Params

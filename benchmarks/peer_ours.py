@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.flops import count_flops
 from benchmarks.timing import compile_twice, cpu_cores
 from diffusion_jax import __version__
 from diffusion_jax.backend.xla import jit
@@ -21,6 +20,7 @@ from diffusion_jax.formats.unet import UNETS
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_params
+from diffusion_jax.planning.flops import count_flops
 from diffusion_jax.train.compile import compile_step
 from diffusion_jax.train.meter import mean_metric
 from diffusion_jax.train.optimizer import OptimizerConfig, make_optimizer

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.flops import Flops, count_flops
 from benchmarks.timing import peak_memory, quartiles, repeat, utilisation
 from benchmarks.training import Counts
 from diffusion_jax.data.cache import moments_encoder
@@ -15,6 +14,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.planning.flops import Flops, count_flops
 from diffusion_jax.registry import TASKS, load
 from diffusion_jax.train.tasks.diffusion_settings import SharedConfig
 from diffusion_jax.train.training import Training

@@ -16,8 +16,8 @@ from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from benchmarks.flops import Flops
 from benchmarks.peaks import Peak, peak_of
+from diffusion_jax.planning.flops import Flops
 from diffusion_jax.train.health import resources
 
 HIT = '/jax/compilation_cache/cache_hits'

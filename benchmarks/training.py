@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from benchmarks.flops import step_flops
 from benchmarks.timing import compile_twice, peak_memory, quartiles, utilisation
 from diffusion_jax.parallel.mesh import put_batch, put_params
+from diffusion_jax.planning.flops import step_flops
 from diffusion_jax.train.compile import abstract_of, compile_step, step_and_batch
 from diffusion_jax.train.health import Compilations
 from diffusion_jax.train.state import TrainState, initializer

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from diffusion_jax.checkpoint.saving import is_storage_error, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.buckets import buckets_in_words
-from diffusion_jax.data.loader import Loader
+from diffusion_jax.data.loader import LikeLoader, Loader
 from diffusion_jax.data.mixture import Mixture
 from diffusion_jax.data.splits import APART, fingerprint, measured_on
 from diffusion_jax.data.unreadable import Counted, Damage
@@ -21,6 +22,7 @@ from diffusion_jax.evaluation.evaluator import EVALUATE, Evaluator, with_options
 from diffusion_jax.evaluation.metrics.metric import best_is
 from diffusion_jax.evaluation.report import REFERENCE, TESTED, of_features, of_model
 from diffusion_jax.files import say
+from diffusion_jax.formats.networks import shapes_only
 from diffusion_jax.models.attention import check_attention
 from diffusion_jax.models.kernels import check_matmul_precision
 from diffusion_jax.parallel.mesh import local_rows, make_mesh
@@ -84,20 +86,24 @@ def provenance(
   return (*found, of_model(begun, begun, {TESTED: test})) if begun else tuple(found)
 
 
-def _loader(config: TrainingConfig, task: Task, env: Env) -> Loader:
-  """Return the batches of this process."""
-  batch_size, mesh = config.loop.batch_size, env.mesh
+def _check_batch(config: TrainingConfig, mesh: Mesh) -> None:
+  """Raise UserError unless a batch can be split over the devices, and over what is accumulated."""
   ways = mesh.shape['data'] * mesh.shape['fsdp'] * config.loop.accumulation_steps
-  if batch_size % ways:
+  if config.loop.batch_size % ways:
     raise UserError(
-      f'loop.batch_size {batch_size} cannot be split over {ways} parts '
+      f'loop.batch_size {config.loop.batch_size} cannot be split over {ways} parts '
       '(data x fsdp x accumulation_steps); make it a multiple of that.'
     )
+
+
+def _loader(config: TrainingConfig, task: Task, env: Env, rows: np.ndarray | None) -> Loader:
+  """Return the batches of this process; rows: as `Loader` takes them."""
+  batch_size = config.loop.batch_size
   source, transforms = task.examples(config, env)
   if jax.process_index() == 0 and hasattr(source, 'buckets'):
     say(buckets_in_words(source, batch_size))
   loader = Loader(
-    source, transforms, batch_size=batch_size, rows=local_rows(mesh, batch_size),
+    source, transforms, batch_size=batch_size, rows=rows,
     seed=config.loop.seed, num_threads=config.data.workers,
   )
   if missing := sorted(set(task.batch_fields) - loader.spec().keys()):
@@ -248,7 +254,9 @@ def build(
   platform = mesh.devices.flat[0].platform
   optimizer = make_optimizer(config.optimizer, shapes, loop.total_steps, platform)
   # Last, because filling a cache takes long.
-  loader = _loader(config, task, dataclasses.replace(env, more=more))
+  _check_batch(config, mesh)
+  rows = local_rows(mesh, loop.batch_size)
+  loader = _loader(config, task, dataclasses.replace(env, more=more), rows)
   measured, begun = measured_on(test), begun_with(config, task)
   features = [name for one in evaluators for name in getattr(one, 'features', ())]
   about = provenance(begun, features, trained_on, tested_on)
@@ -266,4 +274,35 @@ def build(
     provenance=(*scored_at(config.data.shapes), *about),
     evaluators=evaluators,
     trained_on=trained_on and dataclasses.replace(trained_on, begun=begun),
+  )
+
+
+def build_shapes(config: dict, devices: Sequence) -> Training:
+  """The training of a config on devices that need not be here, for the shapes of its step.
+
+  Nothing is written, no data and no weights are read: batches are random, and frozen parameters,
+  in `Task.frozen`, are shapes. UserError: a fault of the config, or of the frozen parts' configs.
+  """
+  config = parse(config)
+  kind, mesh = load(TASKS, config.task), make_mesh(config.mesh, devices)
+  _check_devices(config, mesh)
+  kind.check(config)
+  _check_batch(config, mesh)
+  # One example tells the shapes of all.
+  one = dataclasses.replace(
+    config, loop=dataclasses.replace(config.loop, batch_size=1, accumulation_steps=1)
+  )
+  train, test = open_sources(one, synthetic=True)
+  env = Env(train, test, Path(), mesh, synthetic=True)
+  with shapes_only():
+    task = kind.build(config, env)
+    env = dataclasses.replace(env, more=task.more_data(config, env))
+    loader = LikeLoader(_loader(one, task, env, None), config.loop.batch_size)
+  shapes = jax.eval_shape(task.initialize, jax.random.key(0))
+  platform = mesh.devices.flat[0].platform
+  return Training(
+    config=untyped(config), task=task, loop=config.loop, safety=config.safety,
+    optimizer=make_optimizer(config.optimizer, shapes, config.loop.total_steps, platform),
+    learning_rates={}, loader=loader, mesh=mesh, directory=RunDirectory(Path()),
+    start=lambda mesh: None,
   )

@@ -12,6 +12,7 @@ from diffusion_jax.cli import (
   convert,
   demo,
   evaluate,
+  plan,
   prepare,
   report,
   sample,
@@ -24,10 +25,10 @@ from diffusion_jax.errors import Diverged, UserError
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
   'convert': convert, 'classify': classify, 'search': search, 'configs': configs,
-  'demo': demo,
+  'demo': demo, 'plan': plan,
 }
 
-CHANGE_CONFIGS = ('train', 'prepare')
+CHANGE_CONFIGS = ('train', 'prepare', 'plan')
 """Commands that take --config.KEY=VALUE."""
 
 

@@ -29,14 +29,14 @@ OF_MODEL = (
 
 
 @contextlib.contextmanager
-def writing(out: str) -> Iterator[Path]:
-  """Yield --out as a path whose folder is there. UserError where it cannot be written to."""
+def writing(out: str, option: str = '--out') -> Iterator[Path]:
+  """Yield an option as a path whose folder is there. UserError where it cannot be written to."""
   path = Path(out)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     yield path
   except OSError as error:
-    raise UserError(f'--out {out} cannot be written to ({error}).') from error
+    raise UserError(f'{option} {out} cannot be written to ({error}).') from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -156,6 +156,21 @@ class Loader:
     return iter(self._batches.to_iter_dataset(self._options))
 
 
+class LikeLoader:
+  """The shapes of a loader's batches, with so many examples in each; no batch is made."""
+
+  def __init__(self, loader: Loader, batch_size: int):
+    self._loader, self._batch_size = loader, batch_size
+    self.buckets_until = loader.buckets_until
+
+  def spec(self, bucket: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shapes and types of a global batch, as `Loader.spec`."""
+    return {
+      name: jax.ShapeDtypeStruct((self._batch_size, *leaf.shape[1:]), leaf.dtype)
+      for name, leaf in self._loader.spec(bucket).items()
+    }
+
+
 class _Batches(grain.MapDataset):
   """Batch k: the examples at k * batch_size + rows of a stream, or where `order` has them, stacked.
   """

@@ -6,11 +6,13 @@ axes, so devices read their shards in place. Weights go tensor by tensor from fi
 Nothing is unpickled or downloaded. Kinds of networks are the rows of `registry.NETWORKS`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,19 @@ NATIVE = 'params.safetensors'
 LAYOUTS = ('diffusers', 'native')
 TEXTS, WEIGHTS = ('.json', '.txt', '.model'), '.safetensors'
 """Files that are copied as they are, and those of weights."""
+
+
+_shapes_only: ContextVar[bool] = ContextVar('shapes_only', default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+  """Within, `Part.load` gives shapes and types of parameters, and opens no weights."""
+  token = _shapes_only.set(True)
+  try:
+    yield
+  finally:
+    _shapes_only.reset(token)
 
 
 def network_format(name: str, where: str = '') -> NetworkFormat:
@@ -176,6 +191,8 @@ class Part:
   def load(self, *, dtype=jnp.float32, mesh: Mesh | None = None) -> Params:
     """Return the network's parameters, onto the mesh or, without one, as numpy arrays."""
     shapes = self.format.shapes(self.config)
+    if _shapes_only.get():
+      return {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in shapes.items()}
     file, opened = self._open()
     ours = file.name == NATIVE
     shardings = None if mesh is None else shard_params(shapes, mesh)

@@ -8,16 +8,17 @@ for collective-permute (Thakur et al. 2005).
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
 KINDS = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute')
 
-_SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
+SHAPE = re.compile(r'\b([a-z]+\d*)\[([\d,]*)\]')
 _LINE = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = (.*?) (' + '|'.join(KINDS) + r')(-start)?\((.*)$')
 _CALLED = re.compile(r'(?:to_apply|body|condition|calls|called_computations)=%?([\w.-]+)')
 _BRANCHES = re.compile(r'(?:branch_computations|calls|called_computations)=\{([^}]*)\}')
+SOURCE = re.compile(r'op_name="([^"]*)"')
 _TRIPS = re.compile(r'known_trip_count[^}]*?"?n"?[:=]\s*"?(\d+)')
 
 
@@ -26,7 +27,7 @@ class Collective:
   """One in the program. arrays: (type, shape) of what it is about, whole as within its group.
 
   group: devices that take part together. times: how often a step runs it. source: the operation
-  that it comes from, as JAX named it.
+  that it comes from, as JAX named it. overlaps: computation goes on meanwhile.
   """
 
   kind: str
@@ -34,6 +35,7 @@ class Collective:
   group: int
   times: int = 1
   source: str = ''
+  overlaps: bool = False
 
   @property
   def bytes(self) -> int:
@@ -57,41 +59,78 @@ def moved(kind: str, size: float, group: int) -> float:
 
 def read_collectives(text: str, devices: int) -> list[Collective]:
   """All collectives of a compiled program (`compiled.as_text()`) for so many devices."""
-  computations, entry = _computations(text)
-  times = _times(computations, entry)
-  found = []
-  for name, lines in computations.items():
-    for line in lines:
-      match = _LINE.match(line)
-      if match and times.get(name):
-        found.append(_collective(match, line, devices, times[name]))
-  return found
+  return Program(text).collectives(devices)
+
+
+class Program:
+  """A compiled program's text by computation, and how often a run of it runs each.
+
+  fused: computations that are parts of one operation, such as a fusion.
+  """
+
+  def __init__(self, text: str):
+    self.computations, entry = _computations(text)
+    self.times = _times(self.computations, entry)
+    self.fused = {
+      name for lines in self.computations.values() for line in lines if ' fusion(' in line
+      for name in _CALLED.findall(line)
+    }
+
+  def lines(self) -> Iterator[tuple[str, str, int]]:
+    """Yield (computation, line, how often it runs) of what runs at all."""
+    for name, lines in self.computations.items():
+      if times := self.times.get(name):
+        yield from ((name, line, times) for line in lines)
+
+  def collectives(self, devices: int) -> list[Collective]:
+    """Return all of them, each once: TPUs' programs have one that overlaps with computation in
+    several fusions, by one channel."""
+    found, seen = [], set()
+    for name, line, times in self.lines():
+      if match := _LINE.match(line):
+        channel = re.search(r'channel_id=(\d+)', line) if name in self.fused else None
+        if channel and channel[1] in seen:
+          continue
+        one = _collective(match, line, devices, times)
+        if channel:
+          seen.add(channel[1])
+          one = dataclasses.replace(one, overlaps=True)
+        if name.startswith('all-reduce-scatter'):  # Whose result is cut within its fusion.
+          one = dataclasses.replace(one, kind='reduce-scatter', overlaps=False)
+        found.append(one)
+    return found
 
 
 def _collective(match: re.Match, line: str, devices: int, times: int) -> Collective:
   _, shape, kind, start, rest = match.groups()
-  arrays = [(kind_, _sizes(sizes)) for kind_, sizes in _SHAPE.findall(shape)]
+  arrays = [(kind_, sizes(found)) for kind_, found in SHAPE.findall(shape)]
   if start and kind != 'all-reduce':  # (operands, results, ...): only arrays that are results.
     arrays = arrays[len(arrays) // 2 :] if kind == 'all-gather' else arrays[:1]
   group = _group(line, devices)
   if kind == 'reduce-scatter':  # The result is a part of the whole.
     arrays = [(kind_, (group, *sizes)) for kind_, sizes in arrays]
-  source = re.search(r'op_name="([^"]*)"', rest)
-  return Collective(kind, tuple(arrays), group, times, source.group(1) if source else '')
+  source = SOURCE.search(rest)
+  return Collective(
+    kind, tuple(arrays), group, times, source.group(1) if source else '', bool(start)
+  )
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def sizes(text: str) -> tuple[int, ...]:
   return tuple(int(size) for size in text.split(',') if size)
 
 
 def _group(line: str, devices: int) -> int:
-  """Devices in a group: {{0,1},{2,3}}, or [groups,size]<=[...]; none is all of them."""
+  """Devices in a group: {{0,1},{2,3}}, [groups,size]<=[...], or axes of a mesh; none is all."""
   listed = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
   if listed:
     return len(listed.group(1).split(','))
   counted = re.search(r'replica_groups=\[([\d,]+)\]<=', line)
   if counted:
     return int(counted.group(1).split(',')[-1])
+  named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(.*?\)+)? \{(.*?)\}", line)
+  if named:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
   return devices
 
 
@@ -116,8 +155,7 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
   def visit(name: str, count: int) -> None:
     times[name] = times.get(name, 0) + count
     for line in computations.get(name, ()):
-      trips = _TRIPS.search(line) if ' while(' in line else None
-      inner = count * int(trips.group(1)) if trips else count
+      inner = count * _trips(line, computations) if ' while(' in line else count
       called = _CALLED.findall(line)
       for group in _BRANCHES.findall(line):
         called += [part.strip().lstrip('%') for part in group.split(',') if part.strip()]
@@ -126,6 +164,16 @@ def _times(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
 
   visit(entry, 1)
   return times
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """Return how often a loop runs: as it says, or else as its condition compares with one number."""
+  if trips := _TRIPS.search(line):
+    return int(trips[1])
+  condition = re.search(r'condition=%?([\w.-]+)', line)
+  text = '\n'.join(computations.get(condition[1], ())) if condition else ''
+  numbers = re.findall(r' constant\((\d+)\)', text)
+  return int(numbers[0]) if len(numbers) == 1 and 'direction=LT' in text else 1
 
 
 def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:

@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from benchmarks.peaks import CHIPS, listed_peak, measured_peak, peak_of
+from benchmarks.peaks import listed_peak, measured_peak, peak_of
+from diffusion_jax.planning.chips import CHIPS
 
 
 @pytest.mark.parametrize(('kind', 'half', 'single'), [

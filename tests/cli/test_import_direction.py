@@ -9,7 +9,7 @@ import pytest
 from tests.tiny import ROOT
 
 LAYERS = (
-  ('cli', '__main__', 'session', 'notebook', 'demo'), ('run',), ('build',),
+  ('cli', '__main__', 'session', 'notebook', 'demo'), ('run', 'planning'), ('build',),
   ('train', 'evaluation', 'pipelines', 'viz'),
   ('formats', 'data', 'checkpoint', 'runs'), ('diffusion', 'models'),
   ('backend', 'parallel'),

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.flops import count_flops
 from diffusion_jax.errors import UserError
 from diffusion_jax.formats.dit import DIT, MMDIT
 from diffusion_jax.formats.networks import load_params, save_params
@@ -15,6 +14,7 @@ from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.mmdit import MMDiT, MMDiTConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.rotary import in_plane, rotate
+from diffusion_jax.planning.flops import count_flops
 from diffusion_jax.types import Condition
 
 SMALL = DiTConfig(

@@ -94,6 +94,13 @@ def _kept(conditioner: Conditioner) -> tuple[str, ...]:
   return conditioner.kept or conditioner.fields
 
 
+def _null(conditioner: Guided, frozen: Frozen) -> Arrays:
+  """Return the null condition on the host; of shapes of parameters its shapes."""
+  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(frozen)):
+    return jax.eval_shape(conditioner.null, frozen)
+  return to_host(conditioner.null(frozen))
+
+
 def _keys(names: list[str], key: jax.Array) -> dict[str, jax.Array]:
   """A key for each name; the key itself where there is but one."""
   keys = jax.random.split(key, len(names)) if len(names) > 1 else [key] * len(names)
@@ -130,11 +137,11 @@ class DiffusionTask(Task):
       if isinstance(c, Guided) and trainable.roles & c.networks.keys()
     )
     nulls = [
-      c.null(frozen) for name, c in model.conditioners.items()
+      _null(c, frozen) for name, c in model.conditioners.items()
       if isinstance(c, Guided) and name not in self._moving
     ]
     # As parameters that lie on every device.
-    null = {f'{name}.bias': to_host(value) for one in nulls for name, value in one.items()}
+    null = {f'{name}.bias': value for one in nulls for name, value in one.items()}
     self.frozen: Frozen = {**frozen, NULL: null} if null else frozen
     # What else draws random numbers than the objective.
     self._draws = model.space.random or bool(model.conditioners)

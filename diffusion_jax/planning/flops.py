@@ -7,6 +7,7 @@ again to save memory, and the places in a convolution's window that lie in the p
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ OPAQUE = ('pallas_call', 'ffi_call', 'custom_partitioning', 'dot_product_attenti
 """Parts of primitives' names inside which products cannot be seen."""
 
 ATTENTION = 'scaled_dot_product_attention'
-"""The jitted function of models.attend, which has more products within, or none to be seen."""
+"""The jitted function of models.attention, which has more products within, or none to be seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,18 @@ class Flops:
     return self.forward + self.backward
 
 
+class AttentionShape(NamedTuple):
+  """Of one attention: heads of d channels, n queries of `dtype` against so many keys."""
+
+  batch: int
+  n: int
+  keys: int
+  heads: int
+  d: int
+  dtype: str
+  masked: bool
+
+
 def count_flops(function: Callable, *args, trained: int | None = None) -> Flops:
   """FLOPs of function(*args), arrays or shapes; nothing is computed.
 
@@ -64,6 +77,16 @@ def count_flops(function: Callable, *args, trained: int | None = None) -> Flops:
 
 def step_flops(task: Any, state: Any, frozen: dict, batch: dict) -> Flops:
   """Of one training step on a global batch; arguments as those of `train.step`, or their shapes."""
+  return count_flops(*_loss(task, state, frozen, batch), trained=0)
+
+
+def step_attentions(task: Any, state: Any, frozen: dict, batch: dict) -> Counter[AttentionShape]:
+  """Those of the loss of one training step on a global batch."""
+  return attentions(*_loss(task, state, frozen, batch))
+
+
+def _loss(task: Any, state: Any, frozen: dict, batch: dict) -> tuple[Any, ...]:
+  """Return (loss, shapes of its arguments)."""
 
   def loss(params, frozen, batch):
     memory = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state.carry)
@@ -72,7 +95,25 @@ def step_flops(task: Any, state: Any, frozen: dict, batch: dict) -> Flops:
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state.params, frozen, batch)
   )
-  return count_flops(loss, *shapes, trained=0)
+  return loss, *shapes
+
+
+def attentions(function: Callable, *args) -> Counter[AttentionShape]:
+  """Count the attentions of function(*args), arrays or shapes, each as often as it is written."""
+  found: Counter[AttentionShape] = Counter()
+
+  def visit(jaxpr: Any) -> None:
+    for equation in jaxpr.eqns:
+      if equation.params.get('name') == ATTENTION:
+        q, k = (equation.invars[i].aval for i in (0, 1))
+        masked = len(equation.invars) > 3
+        found[AttentionShape(*q.shape[:2], k.shape[1], *q.shape[2:], q.dtype.name, masked)] += 1
+        continue
+      for part in core.jaxprs_in_params(equation.params):
+        visit(part)
+
+  visit(jax.make_jaxpr(function)(*args).jaxpr)
+  return found
 
 
 def read_arguments(function: Callable, arg: Any) -> list[Any]:

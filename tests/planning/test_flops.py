@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.flops import count_flops
 from diffusion_jax.models.attention import attend
 from diffusion_jax.models.dit import DiT, DiTConfig
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.unet import UNet, UNetConfig
+from diffusion_jax.planning.flops import count_flops
 from diffusion_jax.types import Condition
 
 CROSS = 'CrossAttnDownBlock2D'
