@@ -32,4 +32,6 @@ def get_config() -> ConfigDict:
     'bottleneck': {'weight': 64 / 3072, 'warmup_steps': 300, 'initial_logvar': -2.0},
     'reconstruction': 'gaussian',
   })
+  config.optimizer.learning_rate = 1.5e-3
+  config.loop.update({'total_steps': 4000, 'evaluate_samples': 128})
   return config
