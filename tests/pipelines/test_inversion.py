@@ -6,42 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from diffusion_jax.diffusion.noise import NoiseConfig
-from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.diffusion.samplers import initial_noise
 from diffusion_jax.errors import UserError
-from diffusion_jax.models.dit import DiTConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines import assembly
 from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.pipelines.inversion import invert, strip
-from diffusion_jax.pipelines.model import DENOISER
 from diffusion_jax.pipelines.sampling import SampleConfig
-from diffusion_jax.pipelines.spaces import PixelSpace
 from tests import tiny_pipeline
+from tests.pipelines.conftest import CLASSES
 
 SIZE = 8
-CLASSES = ('red', 'green')
 CONFIG = SampleConfig('ddim', steps=12, guidance=1.0)
-DIT = DiTConfig(
-  sample_size=SIZE, patch_size=4, in_channels=3, out_channels=3, num_layers=1,
-  num_attention_heads=2, attention_head_dim=4, num_embeds_ada_norm=len(CLASSES),
-)
 
 
 @pytest.fixture(scope='module')
 def mesh():
   return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-@pytest.fixture(scope='module')
-def by_class():
-  """(model, weights) of classes on pixels."""
-  model, _ = assembly.assemble(
-    DIT, PixelSpace(), {'class': {'classes': CLASSES}}, NoiseConfig(process='cosine'),
-    Parameterization('v_prediction'),
-  )
-  return model, {DENOISER: tiny_pipeline.random_params(DIT)}
 
 
 @pytest.fixture(scope='module')

@@ -17,6 +17,7 @@ from diffusion_jax.diffusion.samplers import infos
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import INDEX
 from diffusion_jax.models.autoencoder import decode_tiled, encode_tiled
+from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines import spaces
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.directory import load_model, save_model
@@ -139,18 +140,22 @@ def zero_snr(parts):
 
 
 @pytest.mark.parametrize('name', SAMPLERS)
-def test_every_sampler_takes_the_pipeline_s_denoiser(zero_snr, name):
-  """Traced only: what they compute is tested in tests/diffusion."""
-  config = SampleConfig(name, steps=4, guidance=2.0)
-  config.check(zero_snr.noise, zero_snr.parameterization)
-  noise, text = jnp.zeros((2, 16, 16, 4)), Condition(jnp.zeros((2, 10, 16)))
-  keys = jax.random.split(jax.random.key(0), 2)
-  sample = lambda params, numbers: zero_snr.sample_z(
-    params, noise, keys, text, text, config.program, numbers
-  )
-  weights = {'denoiser': zero_snr.denoiser.shapes}
-  out = jax.eval_shape(sample, weights, config.numbers(zero_snr.noise))
-  assert (out.shape, out.dtype) == (noise.shape, jnp.float32)
+def test_every_sampler_draws_from_a_model_in_continuous_time(by_class, name):
+  """Of one noise the same with every seed where it adds none, as its row of the table says."""
+  model, weights = by_class
+  assert model.noise.table is None
+  # Of three steps none begins where this one by itself adds noise, below sigma = alpha.
+  options = {'high': 9.0} if name == 'sa_solver' else {}
+  config = SampleConfig(name, steps=3, guidance=2.0, options=options)
+  noise = np.random.default_rng(0).normal(size=(2, *model.space.shape(8, 8))).astype(np.float32)
+  first, again, other = (np.concatenate(list(model.sample(
+    weights, ['red', 'green'], config, seed=seed, mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+    batch_size=2, noise=noise,
+  ))) for seed in (0, 0, 1))
+  assert first.shape == (2, 8, 8, 3) and first.dtype == np.float32
+  assert np.isfinite(first).all() and np.abs(first).max() <= 1 and first.std() > 0.05
+  np.testing.assert_array_equal(again, first)
+  assert SAMPLERS[name].stochastic == (other != first).any()
 
 
 def test_a_learned_variance_lies_between_the_fixed_ones(zero_snr):

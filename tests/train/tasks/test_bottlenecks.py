@@ -175,18 +175,31 @@ def test_each_learns_and_is_read_back_to_the_bit(name, changes, images, tmp_path
     assert indices.shape == (4, 8, 8) and 0 <= indices.min() <= indices.max() < 12
 
 
-def test_a_run_reports_the_use_of_its_codes(small_data, command, tmp_path):
+@pytest.mark.parametrize(('settings', 'title'), [
+  ({'type': 'vq', 'codes': 16}, 'VQ autoencoder'),
+  ({'type': 'gumbel', 'codes': 16, 'code_channels': 5, 'temperature_steps': 6}, 'Discrete VAE'),
+])
+def test_a_run_reports_the_use_of_its_codes_and_goes_on(
+  settings, title, small_data, command, tmp_path
+):
   values = tiny.autoencoder_config(
-    {'bottleneck': {'type': 'vq', 'codes': 16}, 'adversarial_weight': 0.0},
-    loop={'total_steps': 4, 'evaluate_every_steps': 2},
+    {'autoencoder': tiny.ONE_LEVEL, 'bottleneck': settings, 'adversarial_weight': 0.0},
+    loop={'evaluate_samples': 16 * (settings['type'] == 'vq')},
   )
-  config, run = tiny.write_config(tmp_path / 'vq.py', values), tmp_path / 'run'
+  config, run = tiny.write_config(tmp_path / 'codes.py', values), tmp_path / 'run'
   assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
-  line, scores = tiny.metrics(run)[4], json.loads((run / 'scores.json').read_text())['test']
-  for found in (line, scores):
-    assert 0 < found['codes_used'] <= 1 and 1 <= found['code_perplexity'] <= 16
-  assert line['codes_revived'] >= 0
-  assert 'VQ autoencoder' in (run / 'README.md').read_text()
+  lines = tiny.metrics(run)
+  assert 0 < lines[4]['codes_used'] <= 1 and 1 <= lines[4]['code_perplexity'] <= 16
+  assert title in (run / 'README.md').read_text()
+  assert command('report', '--workdir', run) == 0
+  tiny.check_going_on(command, config, run, tmp_path)
+  if settings['type'] == 'gumbel':
+    temperatures = [lines[step]['temperature'] for step in (1, 2, 3, 4)]
+    assert sorted(temperatures)[::-1] == temperatures and temperatures[-1] < temperatures[0]
+    return
+  scores = json.loads((run / 'scores.json').read_text())['test']
+  assert 0 < scores['codes_used'] <= 1 and 1 <= scores['code_perplexity'] <= 16
+  assert lines[4]['codes_revived'] >= 0
   out = tmp_path / 'scores.json'
   arguments = ('--model', run / 'model', '--out', out, '--samples', 16, '--metrics', 'psnr')
   assert command('evaluate', 'autoencoder', *arguments) == 0

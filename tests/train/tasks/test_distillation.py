@@ -1,5 +1,6 @@
 """A pipeline distilled into fewer steps: begins as its teacher, is told the scale, opens again."""
 
+import dataclasses
 
 import jax
 import numpy as np
@@ -7,18 +8,25 @@ import pytest
 from safetensors.numpy import load_file
 
 from diffusion_jax import build
+from diffusion_jax.diffusion.noise import NoiseConfig
+from diffusion_jax.diffusion.parameterization import Parameterization
+from diffusion_jax.models.dit import DiTConfig
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
-from diffusion_jax.pipelines.directory import read_model
+from diffusion_jax.pipelines.assembly import assemble
+from diffusion_jax.pipelines.directory import read_model, save_model
+from diffusion_jax.pipelines.sampling import SampleConfig
+from diffusion_jax.pipelines.spaces import LatentConfig
 from diffusion_jax.recipe import load_config
 from tests import tiny
+from tests.tiny_pipeline import random_params
 from tests.train.tasks.test_models import _same_images
 
-DIT = {
-  'type': 'dit', 'sample_size': 16, 'patch_size': 4, 'in_channels': 4, 'out_channels': 4,
-  'num_layers': 1, 'num_attention_heads': 2, 'attention_head_dim': 4, 'num_embeds_ada_norm': None,
-  'cross_attention_dim': 16,
-}
-FLOW = {'objective': {'prediction': 'flow_prediction'}, 'schedule': {'process': 'flow'}}
+UNET = dataclasses.replace(tiny.UNET, sample_size=8, in_channels=16, out_channels=16)
+DIT = DiTConfig(
+  sample_size=16, patch_size=4, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
+  attention_head_dim=4, num_embeds_ada_norm=None, cross_attention_dim=16,
+)
+OBJECTIVES = {'unet': 'v_prediction', 'dit': 'flow_prediction'}
 METHODS = {
   'consistency': ({'steps': 4, 'guidance': (2.0, 4.0)}, 'unet', {'sampler': 'lcm', 'steps': 2}),
   'progressive': ({'steps': 2, 'guidance': (3.0, 3.0)}, 'dit', {'sampler': 'ddim', 'steps': 2}),
@@ -27,30 +35,30 @@ METHODS = {
 
 
 @pytest.fixture(scope='module')
-def teachers(parts, tmp_path_factory, command):
-  """Two runs of four steps, of a U-Net that predicts v and of a DiT of a flow."""
+def teachers(parts, tmp_path_factory):
+  """Two directories with random weights, of a U-Net that predicts v and of a DiT of a flow."""
   folder = tmp_path_factory.mktemp('teachers')
-  kinds = {'unet': tiny.diffusion_config(parts), 'dit': tiny.diffusion_config(parts, FLOW)}
-  settings = kinds['dit']['settings']
-  for name in ('unet', 'latent_patch_size', 'autoencoder'):
-    del settings[name]
-  settings |= {
-    'denoiser': DIT, 'space': {'type': 'latents', 'autoencoder': parts['autoencoder']},
-  }
-  for name, values in kinds.items():
-    values['loop'] |= {'evaluate_samples': 0}
-    # Far from its first weights, whose last layer is zero.
-    values['optimizer'] |= {'learning_rate': 3e-2}
-    config = tiny.write_config(folder / f'{name}.py', values)
-    assert command('train', '--config', config, '--workdir', folder / name, '--quiet') == 0
+  table, flow = NoiseConfig(rescale_betas_zero_snr=True), NoiseConfig(process='flow')
+  for name, config, patch, noise in (('unet', UNET, 2, table), ('dit', DIT, 1, flow)):
+    how = {
+      'space': LatentConfig(parts['autoencoder'], patch),
+      'conditioners': {'text': {'path': parts['clip']}},
+    }
+    model, _ = assemble(
+      config, *how.values(), noise, Parameterization(OBJECTIVES[name]), size=(tiny.SIZE, tiny.SIZE)
+    )
+    save_model(
+      folder / name, model, random_params(config), **how, sample=SampleConfig(), dtype='float32'
+    )
   return folder
 
 
-def _values(parts, model, objective, distill, sample):
+def _values(parts, teachers, kind, distill, sample):
   values = tiny.diffusion_config(parts)
   values['task'] = 'distillation'
   values['settings'] = {
-    'model': str(model), 'clip': parts['clip'], 'objective': objective, 'cache': True,
+    'model': str(teachers / kind), 'clip': parts['clip'], 'cache': True,
+    'objective': {'prediction': OBJECTIVES[kind]},
     'export_dtype': 'float32', 'preview_captions': ['red apple'], 'distill': distill,
     'sample': {'guidance': 1.0, **sample},
   }
@@ -60,14 +68,12 @@ def _values(parts, model, objective, distill, sample):
 
 def _of(method, teachers, parts, **more):
   distill, kind, sample = METHODS[method]
-  objective = FLOW['objective'] if kind == 'dit' else {'prediction': 'v_prediction'}
-  distill = {'method': method, **distill, **more}
-  return _values(parts, teachers / kind / 'model', objective, distill, sample)
+  return _values(parts, teachers, kind, {'method': method, **distill, **more}, sample)
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_a_student_is_trained_drawn_and_opened_again(method, teachers, parts, tmp_path, command):
-  """It is told the scale, and the way, and its export samples as its previews do."""
+def test_a_student_is_trained_drawn_opened_and_goes_on(method, teachers, parts, tmp_path, command):
+  """It is told the scale, drawn for each example, and the way; its export samples as it does."""
   values, workdir = _of(method, teachers, parts), tmp_path / 'run'
   config = tiny.write_config(tmp_path / 'recipe.py', values)
   assert command('train', '--config', config, '--workdir', workdir, '--quiet') == 0
@@ -84,15 +90,8 @@ def test_a_student_is_trained_drawn_and_opened_again(method, teachers, parts, tm
     params = load_file(next((workdir / 'model' / 'denoiser').glob('*.safetensors')))
     name = 'transformer_blocks.0.norm1.emb.interval_embedder.linear_2.weight'
     assert np.abs(params[name]).max() > 0
-
-
-@pytest.mark.slow
-def test_going_on_after_a_stop_is_exact(teachers, parts, tmp_path, command):
-  """With a scale drawn for each example."""
-  values = _of('consistency', teachers, parts)
-  config, run = tiny.write_config(tmp_path / 'recipe.py', values), tmp_path / 'run'
-  assert command('train', '--config', config, '--workdir', run, '--quiet') == 0
-  tiny.check_going_on(command, config, run, tmp_path, 6)
+  assert command('report', '--workdir', workdir) == 0
+  tiny.check_going_on(command, config, workdir, tmp_path)
 
 
 @pytest.mark.parametrize('method', ['consistency', 'mean_flow'])
@@ -128,8 +127,7 @@ def test_a_student_begins_as_its_teacher(method, teachers, parts, tmp_path):
 def test_what_cannot_be_is_one_sentence(
   kind, distill, more, said, teachers, parts, tmp_path, command, capsys
 ):
-  objective = FLOW['objective'] if kind == 'dit' else {'prediction': 'v_prediction'}
-  values = _values(parts, teachers / kind / 'model', objective, distill, {'sampler': 'ddim'})
+  values = _values(parts, teachers, kind, distill, {'sampler': 'ddim'})
   values['settings'] |= more
   config = tiny.write_config(tmp_path / 'recipe.py', values)
   assert command('train', '--config', config, '--workdir', tmp_path / 'run', '--quiet') == 2
