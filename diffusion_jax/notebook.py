@@ -5,9 +5,11 @@ They need IPython, which a notebook has: pip install 'diffusion_jax[notebook]'.
 
 from __future__ import annotations
 
+import html
 import importlib
 import io
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -158,10 +160,35 @@ def train(
     finally:
       code = process.wait()
       said.seek(0)
-      lines = said.read().decode(errors='replace').splitlines()[-_LINES:]
+      # Of a progress bar only what it has come to.
+      ends = [line.rpartition('\r')[2] for line in said.read().decode(errors='replace').split('\n')]
+      lines = [line for line in ends if line.strip()][-_LINES:]
   if code:
     raise UserError(f'the training in {workdir} ended with code {code}: {" / ".join(lines)}')
   print('\n'.join(lines))
+
+
+def command(*arguments: str | Path | float) -> None:
+  """Run a command of the package in this process: command('evaluate', 'model', '--out', 'x.json').
+
+  So that one process holds the chip. UserError: it failed; it has said why.
+  """
+  from diffusion_jax.cli.main import run
+  from diffusion_jax.parallel.startup import EXPLICIT, find_cluster
+
+  if find_cluster().kind == 'tpu':  # JAX may be in use already, too late to look for others.
+    os.environ |= dict(zip(EXPLICIT, ('localhost:1', '1', '0'), strict=True))
+  if code := run([str(argument) for argument in arguments], lambda: None):
+    raise UserError(f'the command {arguments[0]} ended with code {code}; see above why.')
+
+
+def page(path: str | Path, height: int = 700) -> None:
+  """Show a page that a command has written, in a frame of that many pixels."""
+  text = Path(path).read_text(encoding='utf-8')
+  frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="{height}"></iframe>'
+  _ipython('display').display({
+    'text/html': frame, 'text/plain': f'the page {path}; a browser opens it',
+  }, raw=True)
 
 
 def text_box(session: Session | str = '', **settings: Any) -> Callable[..., None]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion_jax import notebook
 from diffusion_jax.errors import UserError
+from diffusion_jax.parallel import startup
 from diffusion_jax.session import Session
 from diffusion_jax.viz.grids import make_grid
 from tests import tiny
@@ -98,6 +99,31 @@ def test_curves_grow_while_a_run_is_watched(outputs, tmp_path):
 def test_a_training_that_fails_says_why(outputs, tmp_path):
   with pytest.raises(UserError, match=r"ended with code 2: .*no config 'toy/edmm'; did you mean"):
     notebook.train('toy/edmm', tmp_path, 'loop.total_steps=3', seconds=0.1)
+
+
+def test_a_command_runs_here_and_a_failure_ends_the_cell(capsys, monkeypatch):
+  notebook.command('configs')
+  assert 'quickstart' in capsys.readouterr().out
+  with pytest.raises(UserError, match='command sample ended with code 2'):
+    notebook.command('sample', '--prompt', 'sun', '--model', 'nowhere', '--out', 'x')
+  assert 'nowhere' in capsys.readouterr().err
+  # On the host of a TPU, which would be asked for other processes, after JAX is in use.
+  monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
+  for name in ('TPU_SKIP_MDS_QUERY', *startup.EXPLICIT):
+    monkeypatch.delenv(name, raising=False)
+  assert startup.find_cluster().processes != 1
+  for name in startup.EXPLICIT:
+    monkeypatch.setenv(name, '')
+  notebook.command('configs')
+  assert startup.find_cluster().processes == 1
+
+
+def test_a_page_is_shown_in_a_frame_that_it_cannot_leave(outputs, tmp_path):
+  (tmp_path / 'a.html').write_text('<p class="x">one & two</p>')
+  notebook.page(tmp_path / 'a.html', height=300)
+  data = outputs()[0]['data']
+  assert 'srcdoc="&lt;p class=&quot;x&quot;&gt;one &amp; two&lt;/p&gt;"' in data['text/html']
+  assert 'height="300"' in data['text/html'] and 'a.html' in data['text/plain']
 
 
 def test_a_session_draws_as_the_command_does(command, finished, session, tmp_path):
