@@ -35,7 +35,6 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
-import itertools
 import shutil
 import signal
 import threading
@@ -127,16 +126,7 @@ def once(tmp_path_factory):
 def small_data(once):
   """Root of a data set of a few hundred OpenMoji at 32 px; $DIFFUSION_JAX_DATA points to it."""
 
-  def make(folder):
-    from diffusion_jax.data.sources.openmoji import builder
-    from diffusion_jax.data.sources.tfds import prepare_dataset
-
-    every = builder.drawings
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(builder, 'drawings', lambda: itertools.islice(every(), 0, None, 12))
-      prepare_dataset('openmoji', tiny.SIZE, str(folder))
-
-  root = str(once('small_data', make))
+  root = str(once('small_data', lambda folder: tiny.prepare_emoji(folder, tiny.SIZE)))
   os.environ['DIFFUSION_JAX_DATA'] = root
   return root
 

@@ -1,6 +1,7 @@
 """Configs of networks that are as small as they can be, and the commands that use them."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -80,6 +81,17 @@ def _config(task: str, transforms: list, settings: dict, **sections: dict) -> di
   for section, changes in sections.items():
     values[section] |= changes
   return values
+
+
+def prepare_emoji(folder: pathlib.Path, size: int, every: int = 12) -> None:
+  """Write a data set of OpenMoji, of which one drawing of `every` is taken."""
+  from diffusion_jax.data.sources.openmoji import builder
+  from diffusion_jax.data.sources.tfds import prepare_dataset
+
+  drawings = builder.drawings
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(builder, 'drawings', lambda: itertools.islice(drawings(), 0, None, every))
+    prepare_dataset('openmoji', size, str(folder))
 
 
 def folder_sources(folder, size: int = 4, caption: str = '', **options) -> tuple:
