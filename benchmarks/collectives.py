@@ -8,13 +8,17 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from diffusion_jax.parallel.collectives import Collective, by_kind, moved, read_collectives
+from diffusion_jax.parallel.collectives import (
+  Collective,
+  by_kind,
+  formula,
+  read_collectives,
+  whole_bytes,
+)
 from diffusion_jax.planning.flops import read_arguments
 from diffusion_jax.train.compile import abstract_arguments
 from diffusion_jax.train.training import Training
-from diffusion_jax.types import Params
 
 SMALL = 4096
 """Bytes of an all-reduce up to which it is taken for sums of losses, norms and metrics."""
@@ -35,7 +39,7 @@ def step_collectives(training: Training) -> dict[str, Any]:
   found = read_collectives(text, mesh.size)
   return {
     'batch_size': t.loop.batch_size,
-    'parameter_bytes': sum(_bytes(leaf) for leaf in abstract.params.values()),
+    'parameter_bytes': sum(whole_bytes(leaf) for leaf in abstract.params.values()),
     'moved_bytes': by_kind(found),
     'formula_bytes': formula(abstract.params, read, mesh),
     'beside_parameters': beside_parameters(found, [abstract.params, *read]),
@@ -47,38 +51,6 @@ def _loss(training: Training, state: Any, frozen: dict, batch: dict) -> jax.Arra
   zeros = lambda tree: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), tree)
   params, carry, batch = zeros(state.params), zeros(state.carry), zeros(batch)
   return training.task.loss(params, frozen, carry, batch, jax.random.key(0), 0)[0]
-
-
-def formula(params: Params, frozen: list[jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, int]:
-  """Bytes that a device sends in a step, by kind, where examples alone are split otherwise.
-
-  A parameter that lies whole on every device has its gradient all-reduced (data parallelism). One
-  that is split over fsdp is gathered for the forward and again for the backward pass, and its
-  gradient is reduced and scattered (Rajbhandari et al. 2020, ZeRO stage 3: three times its size);
-  over data that part is all-reduced. Frozen parameters are gathered once.
-  """
-  ways = {axis: mesh.shape[axis] for axis in ('data', 'fsdp')}
-  total = {'all-gather': 0.0, 'reduce-scatter': 0.0, 'all-reduce': 0.0}
-  for leaf in params.values():
-    size = _bytes(leaf)
-    if not _split(leaf):
-      total['all-reduce'] += moved('all-reduce', size, math.prod(ways.values()))
-      continue
-    total['all-gather'] += 2 * moved('all-gather', size, ways['fsdp'])
-    total['reduce-scatter'] += moved('reduce-scatter', size, ways['fsdp'])
-    total['all-reduce'] += moved('all-reduce', size / ways['fsdp'], ways['data'])
-  for leaf in frozen:
-    if _split(leaf):
-      total['all-gather'] += moved('all-gather', _bytes(leaf), ways['fsdp'])
-  return {kind: round(size) for kind, size in total.items() if size}
-
-
-def _split(leaf: Any) -> bool:
-  return leaf.sharding.shard_shape(leaf.shape) != leaf.shape
-
-
-def _bytes(leaf: Any) -> int:
-  return leaf.size * leaf.dtype.itemsize
 
 
 def beside_parameters(found: list[Collective], trees: list[Any]) -> list[str]:

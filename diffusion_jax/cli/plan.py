@@ -5,12 +5,13 @@ import dataclasses
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from diffusion_jax.cli.options import add_options, check_overrides, read_options, writing
 from diffusion_jax.errors import UserError
-from diffusion_jax.limits import Help
+from diffusion_jax.limits import Help, Range
 
 HELP = 'compile the training step for chips that are not here: memory, time, money'
 DESCRIPTION = """Compiles the step that train would run, by the real compiler of each target, from
@@ -32,6 +33,12 @@ class Options:
     'config file, or the name of a recipe of the package, such as openmoji/quickstart', 'FILE'
   )]
   target: Annotated[str, Help('devices, several divided by commas', 'CHIP:SHAPE,...')]
+  search: Annotated[bool, Help(
+    'compare meshes, remat and accumulation for the same batch; print the keys of the best'
+  )] = False
+  most: Annotated[int, Range(1, 100), Help(
+    'with --search, candidates to compile that fit (default: 3)', 'N'
+  )] = 3
   price: Annotated[str, Help(
     "of one chip's hour, for all targets or by chip: 1.2, or v5e=1.2,h100=3", 'P'
   )] = ''
@@ -69,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
   _only_cpus(max((target.count for target in targets if target.name == CPU), default=1))
   from diffusion_jax.config import parse, untyped
   from diffusion_jax.planning.plan import CACHE, make_plan
+  from diffusion_jax.planning.search import search, search_lines
   from diffusion_jax.planning.words import NOTE, plan_lines, table
   from diffusion_jax.recipe import load_config
 
@@ -76,7 +84,18 @@ def run(args: argparse.Namespace) -> int:
   folder, plans = Path(options.cache) if options.cache else CACHE, []
   paid = [prices.get(target.name, prices.get('')) for target in targets]
   for target, price in zip(targets, paid, strict=True):
-    plans.append(make_plan(config, target, folder))
+    own = config
+    if options.search and target.chip:
+      try:
+        found = search(config, target, partial(make_plan, target=target, folder=folder),
+                       options.most)
+      except UserError as error:
+        print(f'{target}: {error}')
+      else:
+        print('\n'.join([f'{target}: {line}' if not i else line for i, line in
+                         enumerate(search_lines(found))]), flush=True)
+        own = found[0].applied(config)
+    plans.append(make_plan(own, target, folder))
     print('\n'.join(plan_lines(plans[-1], price)), flush=True)
   print('\n'.join(['', *table(plans, paid), '', NOTE]))
   if options.json:

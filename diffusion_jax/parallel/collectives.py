@@ -2,13 +2,19 @@
 
 They are those that a device sends in a ring of n devices, the least that is possible: of an array
 of s bytes (n-1)/n s for all-gather, reduce-scatter and all-to-all, twice that for all-reduce and s
-for collective-permute (Thakur et al. 2005).
+for collective-permute (Thakur et al. 2005). `formula` gives what data parallelism and FSDP need.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from diffusion_jax.types import Params
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
@@ -182,3 +188,36 @@ def by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
   for one in collectives:
     total[one.kind] = total.get(one.kind, 0.0) + one.moved
   return {kind: round(total[kind]) for kind in KINDS if total.get(kind)}
+
+
+def formula(params: Params, frozen: list[jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, int]:
+  """Bytes that a device sends in a step, by kind, where examples alone are split otherwise.
+
+  A parameter that lies whole on every device has its gradient all-reduced (data parallelism). One
+  that is split over fsdp is gathered for the forward and again for the backward pass, and its
+  gradient is reduced and scattered (Rajbhandari et al. 2020, ZeRO stage 3: three times its size);
+  over data that part is all-reduced. Frozen parameters are gathered once.
+  """
+  ways = {axis: mesh.shape[axis] for axis in ('data', 'fsdp')}
+  total = {'all-gather': 0.0, 'reduce-scatter': 0.0, 'all-reduce': 0.0}
+  for leaf in params.values():
+    size = whole_bytes(leaf)
+    if not _split(leaf):
+      total['all-reduce'] += moved('all-reduce', size, math.prod(ways.values()))
+      continue
+    total['all-gather'] += 2 * moved('all-gather', size, ways['fsdp'])
+    total['reduce-scatter'] += moved('reduce-scatter', size, ways['fsdp'])
+    total['all-reduce'] += moved('all-reduce', size / ways['fsdp'], ways['data'])
+  for leaf in frozen:
+    if _split(leaf):
+      total['all-gather'] += moved('all-gather', whole_bytes(leaf), ways['fsdp'])
+  return {kind: round(size) for kind, size in total.items() if size}
+
+
+def _split(leaf: Any) -> bool:
+  return leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+
+
+def whole_bytes(leaf: Any) -> int:
+  """Return the bytes of an array or a shape, over all devices once."""
+  return leaf.size * leaf.dtype.itemsize

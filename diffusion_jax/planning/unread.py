@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion_jax.formats.autoencoder import AUTOENCODERS
 from diffusion_jax.formats.networks import CONFIG, format_of
-from diffusion_jax.formats.pipeline import INDEX, export_scheduler
+from diffusion_jax.formats.pipeline import INDEX, SCHEDULER, export_scheduler
 from diffusion_jax.formats.tensors import write_json
 from diffusion_jax.models.text.tokenizer import save_tokenizer, train_tokenizer, train_unigram
 from diffusion_jax.pipelines.architectures import (
@@ -35,12 +35,15 @@ def with_model(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield config
     return
   with tempfile.TemporaryDirectory() as folder:
-    write_configs(settings['architecture'], Path(folder))
+    write_configs(settings['architecture'], Path(folder), settings['train'] == 'embeddings')
     yield {**config, 'settings': {**settings, 'model': folder}}
 
 
-def write_configs(name: str, folder: Path) -> None:
-  """Write a pipeline without weights: configs, a scheduler, and tokenizers of few words."""
+def write_configs(name: str, folder: Path, whole: bool = False) -> None:
+  """Write a pipeline without weights: configs, a scheduler, and tokenizers of few words.
+
+  whole: tokenizers as large as the encoders' tables, behind which new words come.
+  """
   a, model = ARCHITECTURES[name], architecture_model(name)
   row = published(a.kind, a.roles[: len(a.text)])
   size = '' if FIRST in row.encoders and len(row.encoders) == 1 else 'XL'
@@ -58,7 +61,13 @@ def write_configs(name: str, folder: Path) -> None:
     length = model.text.readers[role].length
     t5 = row.encoders[role].kinds == ('t5',)
     words = train_unigram(WORDS, 400) if t5 else train_tokenizer(WORDS, 300, length)
+    if whole:
+      words.add_tokens([f'<{number}>' for number in range(len(words), config.vocab_size)])
     save_tokenizer(words, folder / tokenizer_role(role))
     index[tokenizer_role(role)] = ['transformers', 'Tokenizer']
-  export_scheduler(folder, scheduler_of(model, SampleConfig()))
+  flow = {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'shift': a.noise.shift}
+  if a.noise.process == 'flow':
+    write_json(folder / 'scheduler' / SCHEDULER, flow)
+  else:
+    export_scheduler(folder, scheduler_of(model, SampleConfig()))
   write_json(folder / INDEX, index)

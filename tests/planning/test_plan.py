@@ -16,6 +16,7 @@ from diffusion_jax.planning.estimate import BOUND, COMPILER, estimate
 from diffusion_jax.planning.hlo import cycles_of, kernels_of
 from diffusion_jax.planning.plan import fingerprint, make_plan
 from diffusion_jax.planning.targets import Target, plugin_versions, sentence
+from diffusion_jax.planning.unread import with_model
 from diffusion_jax.planning.words import plan_lines, table
 from diffusion_jax.recipe import load_config
 from diffusion_jax.train.compile import abstract_arguments, compile_step, held
@@ -68,6 +69,18 @@ def test_state_on_many_devices_is_as_large_as_planned(tmp_path):
   assert planned['step']['batch'] == held(batch)
   assert planned['step'] | {'seconds': 0} == report.as_json() | {'seconds': 0}
   assert planned['mesh'] == {'data': 2, 'fsdp': 2} and 'all-gather' in planned['collectives']
+
+
+def test_a_published_model_needs_no_weights():
+  """A recipe that names an architecture and no model is planned from the configs of its parts."""
+  config = untyped(parse(load_config('finetune/lora')))
+  assert config['settings']['model'] == ''
+  with with_model(config) as complete:
+    t = build_shapes(complete, jax.devices()[:1])
+  sizes = {role: sum(x.size for x in jax.tree.leaves(tree)) for role, tree in t.task.frozen.items()}
+  assert sizes['denoiser'] == 859_520_964 and sizes['text_encoder'] == 123_060_480
+  assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(t.task.frozen))
+  assert t.loader.spec()['image'].shape == (config['loop']['batch_size'], 512, 512, 3)
 
 
 @needs_libtpu
