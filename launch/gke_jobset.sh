@@ -3,7 +3,8 @@
 #
 # launch/gke_jobset.sh --platform (tpu|gpu) --image IMAGE --accelerator NAME --claim CLAIM
 #   --config FILE.py [--workdir DIR] [--nodes N] [--per-node C] [--topology T] [--slices S]
-#   [--restarts R] [--spot] [--namespace NS] [--run-id ID] [--dry-run] [--quiet] [KEY=VALUE ...]
+#   [--restarts R] [--spot] [--namespace NS] [--plan] [--run-id ID] [--dry-run] [--quiet]
+#   [KEY=VALUE ...]
 #
 # --image       has this repository in its working directory, installed with jax[tpu] or jax[cuda13];
 #               Dockerfile makes one
@@ -12,12 +13,14 @@
 #               workdir is /runs/RUN_ID unless given
 # --nodes       hosts, of each slice for TPUs (1); --per-node chips or GPUs of a host (8 GPUs, 4
 #               chips); --topology of a TPU slice, such as 4x4; --slices of TPUs (1)
+# --plan        applies nothing: compiles the step for one such slice, or such GPUs, and says what it
+#               needs
 # Restarted up to --restarts (20) times, but not when a process leaves with code 1 or 2.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-FLAG=([spot]='')
+FLAG=([spot]='' [plan]='')
 OPTION=(
   [platform]='' [image]='' [accelerator]='' [claim]='' [nodes]=1 [per-node]='' [topology]=''
   [slices]=1 [restarts]=20 [namespace]=default
@@ -50,6 +53,19 @@ need_form topology '[1-9][0-9]*(x[1-9][0-9]*){1,2}' 4x4
 case ${OPTION[accelerator]} in
   true | false | null | yes | no | on | off | y | n) die '--accelerator must be the name of one' ;;
 esac
+if [[ ${FLAG[plan]} ]]; then
+  case ${OPTION[accelerator]} in
+    tpu-v5-lite-*) target=v5e:${OPTION[topology]} ;;
+    tpu-v5p-*) target=v5p:${OPTION[topology]} ;;
+    tpu-v6e-*) target=v6e:${OPTION[topology]} ;;
+    nvidia-h100-* | nvidia-a100-*)
+      chip=${OPTION[accelerator]#nvidia-}
+      target=${chip%%-*}:${OPTION[per-node]}x${OPTION[nodes]}
+      ;;
+    *) die "--plan knows no ${OPTION[accelerator]}; see python -m diffusion_jax plan --help" ;;
+  esac
+  plan_for "$target"
+fi
 if [[ ${FLAG[spot]} ]]; then selectors+=$'\ncloud.google.com/gke-spot: "true"'; fi
 if [[ $WORKDIR == "runs/$RUN_ID" ]]; then TRAIN[3]=/runs/$RUN_ID; fi
 

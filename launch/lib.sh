@@ -155,3 +155,19 @@ flags_of() {
   [[ -f $LAUNCH/flags/$1.txt ]] || die "there is no platform '$1'; give tpu, gpu or cpu"
   sed -e 's/#.*//' "$LAUNCH/flags/$1.txt" | xargs
 }
+
+# plan_for TARGET: compiles the step for what would be asked for, with its flags, asks for nothing,
+# and ends.
+plan_for() {
+  local word flags keys=()
+  for word in "${TRAIN[@]:4}"; do
+    if [[ $word == --config.* ]]; then keys+=("$word"); fi
+  done
+  if [[ $1 == v[0-9]* ]]; then
+    flags=$(flags_of tpu)
+    export "LIBTPU_INIT_ARGS=$flags${LIBTPU_INIT_ARGS:+ $LIBTPU_INIT_ARGS}"
+    if [[ $DRY_RUN ]]; then quote export "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS"; fi
+  fi
+  run "$PYTHON" -m diffusion_jax plan --config "$CONFIG" --target "$1" "${keys[@]}"
+  exit
+}

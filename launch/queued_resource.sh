@@ -3,8 +3,9 @@
 #
 # launch/queued_resource.sh --type v5litepod-16 --runtime v2-alpha-tpuv5-lite --zone ZONE
 #   --config FILE.py --workdir DIR [--project P] [--spot] [--setup COMMAND] [--directory DIR]
-#   [--poll SECONDS] [--retry] [--run-id ID] [--dry-run] [--quiet] [KEY=VALUE ...]
+#   [--poll SECONDS] [--retry] [--plan] [--run-id ID] [--dry-run] [--quiet] [KEY=VALUE ...]
 #
+# --plan asks for nothing: it compiles the step for that TPU here and says what it needs.
 # The queued resource and its TPU VM are both named RUN_ID; started again with the same RUN_ID it
 # goes on with what is there. --setup runs on every host of a new TPU before training: it must put
 # this repository, installed with jax[tpu], into --directory (diffusion_jax) and mount the workdir.
@@ -13,7 +14,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-FLAG=([spot]='' [retry]='')
+FLAG=([spot]='' [retry]='' [plan]='')
 OPTION=(
   [type]='' [runtime]='' [zone]='' [project]='' [setup]='' [directory]=diffusion_jax [poll]=60
 )
@@ -25,6 +26,7 @@ need_form runtime '[a-z][-a-z0-9._]*' v2-alpha-tpuv5-lite
 need_form zone '[a-z][-a-z0-9]*' us-west4-a
 need_form project '[a-z][-a-z0-9.:]*' my-project
 need_form directory '[^-].*' diffusion_jax
+if [[ ${FLAG[plan]} ]]; then plan_for "${OPTION[type]}"; fi
 
 where=("--zone=${OPTION[zone]}")
 if [[ ${OPTION[project]} ]]; then where+=("--project=${OPTION[project]}"); fi

@@ -22,6 +22,18 @@ PLUGINS = {'tpu': ('libtpu',), 'cuda': ('jax-cuda13-plugin', 'jax-cuda12-plugin'
 INSTALL = {'tpu': "pip install 'jax[tpu]=={}'", 'cuda': "pip install 'jax[cuda13]=={}'"}
 
 
+_SQUARES = {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16',
+            256: '16x16'}
+_CUBES = {8: '2x2x1', 16: '2x2x2', 32: '2x2x4', 64: '2x4x4', 128: '4x4x4', 256: '4x4x8',
+          512: '4x8x8', 1024: '8x8x8'}
+TYPES = {
+  **{f'v5litepod-{n}': f'v5e:{shape}' for n, shape in _SQUARES.items()},
+  **{f'v6e-{n}': f'v6e:{shape}' for n, shape in _SQUARES.items()},
+  **{f'v5p-{n}': f'v5p:{shape}' for n, shape in _CUBES.items()},
+}
+"""Google Cloud's accelerator types, which count chips, or cores of v5p, and the usual slices."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
   """Devices of one kind. shape: of a TPU slice; GPUs of a machine, and machines; CPU devices."""
@@ -31,8 +43,8 @@ class Target:
 
   @classmethod
   def of(cls, text: str) -> 'Target':
-    """Read NAME:SHAPE. UserError: an unknown name, or a shape that it cannot have."""
-    name, _, shape = text.strip().partition(':')
+    """Read NAME:SHAPE, or one of TYPES. UserError: an unknown name, or a shape it cannot have."""
+    name, _, shape = TYPES.get(text.strip(), text.strip()).partition(':')
     if name not in (CPU, *NAMED):
       raise UserError(f'there is no target {text!r}; known chips are {", ".join((*NAMED, CPU))}.')
     fits = re.fullmatch(r'\d{1,5}(x\d{1,5}){0,2}', shape)

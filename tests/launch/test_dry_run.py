@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import yaml
 
+from diffusion_jax.planning.targets import Target
 from tests.tiny import ROOT
 
 GOLDEN = ROOT / 'tests' / 'launch' / 'golden'
@@ -57,6 +58,21 @@ def shell(*arguments, **env):
   return subprocess.run(
     arguments, cwd=ROOT, env=inherited | env, capture_output=True, text=True, timeout=60
   )
+
+
+@pytest.mark.parametrize(('name', 'target'), [
+  ('queued_resource', 'v5litepod-16'), ('gke_tpu', 'v5e:4x4'), ('gke_gpu', 'h100:8x4'),
+])
+def test_a_plan_is_of_what_would_be_asked_for(name, target):
+  """With the config's keys and the flags of TPUs; the command takes the target; nothing else."""
+  lines = shell(*CASES[name], '--plan', '--dry-run').stdout.splitlines()
+  assert len(lines) == 1 + ('gpu' not in name)
+  command = f'python -m diffusion_jax plan --config {RUN[1]} --target {target}'
+  keys = ' --config.loop.batch_size=256 --config.dtype=bfloat16 '
+  keys += "'--config.data.caption=a red \"fox\"'"
+  assert lines[-1] == command + keys * (name != 'gke_tpu')
+  assert lines[0].startswith("export 'LIBTPU_INIT_ARGS=--") or 'gpu' in name
+  assert Target.of(target).count in (16, 32)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -168,5 +168,7 @@ def test_a_host_of_a_pod_gets_what_was_given(launch):
 def test_every_option_of_every_launcher_is_tried():
   for name, base in BASES.items():
     text = (ROOT / base[0]).read_text().split('parse "$@"')[0]
-    options = {*re.findall(r'\[([a-z-]+)\]=', text)} - {'spot', 'retry', 'detach', 'on-demand'}
+    options = {*re.findall(r'\[([a-z-]+)\]=', text)} - {
+      'spot', 'retry', 'detach', 'on-demand', 'plan'
+    }
     assert options == {*EXTRA[name]}, name
