@@ -1,17 +1,25 @@
 """plan: what a config needs on chips that are not here."""
 
+from __future__ import annotations
+
 import argparse
 import dataclasses
 import json
 import math
+import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from diffusion_jax.cli.options import add_options, check_overrides, read_options, writing
 from diffusion_jax.errors import UserError
 from diffusion_jax.limits import Help, Range
+
+if TYPE_CHECKING:
+  from diffusion_jax.planning.plan import Plan
+  from diffusion_jax.planning.targets import Target
 
 HELP = 'compile the training step for chips that are not here: memory, time, money'
 DESCRIPTION = """Compiles the step that train would run, by the real compiler of each target, from
@@ -21,8 +29,9 @@ GPUs that of JAX's CUDA plugin; what is missing is said with the command that in
 A target is a TPU slice (v5e:4x4, v5p:2x2x2, v6e:2x4), GPUs of a machine, perhaps times machines
 (h100:8, a100:8x4), or devices of a CPU (cpu:4). A plan is kept: asking again is instant.
 
-example:
-  python -m diffusion_jax plan --config openmoji/quickstart --target v5e:2x2,h100:8"""
+examples:
+  python -m diffusion_jax plan --config openmoji/quickstart --target v5e:2x2,h100:8
+  python -m diffusion_jax plan --config finetune/sd21 --target v5p:2x2x2 --search --price 4.2"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
   _only_cpus(max((target.count for target in targets if target.name == CPU), default=1))
   from diffusion_jax.config import parse, untyped
   from diffusion_jax.planning.plan import CACHE, make_plan
-  from diffusion_jax.planning.search import search, search_lines
   from diffusion_jax.planning.words import NOTE, plan_lines, table
   from diffusion_jax.recipe import load_config
 
@@ -84,18 +92,9 @@ def run(args: argparse.Namespace) -> int:
   folder, plans = Path(options.cache) if options.cache else CACHE, []
   paid = [prices.get(target.name, prices.get('')) for target in targets]
   for target, price in zip(targets, paid, strict=True):
-    own = config
-    if options.search and target.chip:
-      try:
-        found = search(config, target, partial(make_plan, target=target, folder=folder),
-                       options.most)
-      except UserError as error:
-        print(f'{target}: {error}')
-      else:
-        print('\n'.join([f'{target}: {line}' if not i else line for i, line in
-                         enumerate(search_lines(found))]), flush=True)
-        own = found[0].applied(config)
-    plans.append(make_plan(own, target, folder))
+    compiled = partial(make_plan, target=target, folder=folder)
+    own = _searched(config, target, compiled, options.most) if options.search else config
+    plans.append(compiled(own))
     print('\n'.join(plan_lines(plans[-1], price)), flush=True)
   print('\n'.join(['', *table(plans, paid), '', NOTE]))
   if options.json:
@@ -106,13 +105,29 @@ def run(args: argparse.Namespace) -> int:
   return int(any(plan.error for plan in plans))
 
 
+def _searched(
+  config: dict[str, Any], target: Target, compiled: Callable[[dict[str, Any]], Plan], most: int
+) -> dict[str, Any]:
+  """Return the config with the best of what a search finds, after printing that."""
+  from diffusion_jax.planning.search import search, search_lines
+
+  try:
+    found = search(config, target, compiled, most)
+  except UserError as error:  # The other targets go on.
+    print(f'{target}: {error}')
+    return config
+  print(f'{target}: ' + '\n'.join(search_lines(found)), flush=True)
+  return found[0].applied(config)
+
+
 def _only_cpus(count: int) -> None:
   """Have this process use no chip that may be here, and so many CPU devices, if none is in use."""
   import jax
 
   try:
     jax.config.update('jax_platforms', 'cpu')
-    if count > 1:
+    # Two ways to ask for devices exclude each other.
+    if count > 1 and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
       jax.config.update('jax_num_cpu_devices', count)
   except RuntimeError:  # In a notebook; the devices that are there have to do.
     return

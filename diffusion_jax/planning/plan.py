@@ -68,7 +68,7 @@ def make_plan(config: dict[str, Any], target: Target, folder: Path = CACHE) -> P
   try:
     file = folder / f'{fingerprint(config, target)}.json'
     if kept := _read(file):
-      return Plan(target, kept, kept=True)
+      return _checked(Plan(target, kept, kept=True))
     with _signs_of_life(str(target)):
       facts = compile_for(config, target)
   except (UserError, jax.errors.JaxRuntimeError, NotImplementedError) as error:
@@ -77,7 +77,18 @@ def make_plan(config: dict[str, Any], target: Target, folder: Path = CACHE) -> P
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as out:
       out.write(json.dumps(facts).encode())
-  return Plan(target, facts)
+  return _checked(Plan(target, facts))
+
+
+def _checked(plan: Plan) -> Plan:
+  """Return the plan, as a failure where its memory is more than a device has: only the compilers of
+  TPUs refuse that."""
+  chip = plan.target.chip
+  if chip is None or plan.bytes <= chip.memory:
+    return plan
+  needs, has = (f'{size / 1e9:.3g} GB' for size in (plan.bytes, chip.memory))
+  why = f'out of memory: it needs {needs} of a device that has {has}'
+  return dataclasses.replace(plan, error=why)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -126,6 +126,12 @@ def test_what_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, fails, 
   monkeypatch.setattr(planning, 'compile_for', refuse)
   refused = make_plan(_toy(loop={'total_steps': 7}), Target.of('cpu:1'), tmp_path)
   assert refused.error == 'out of memory: it needs 16.45G of a device that has 15.75G'
+  # The compilers of GPUs do not refuse it.
+  large = FACTS | {'step': FACTS['step'] | {'bytes': 90e9}}
+  monkeypatch.setattr(planning, 'compile_for', lambda config, target: large)
+  for _ in ('compiled', 'kept'):
+    refused = make_plan(_toy(), Target.of('h100:1'), tmp_path)
+    assert refused.error == 'out of memory: it needs 90 GB of a device that has 84.9 GB'
   assert sentence(ValueError('INTERNAL: Mosaic failed to compile. See the log.')) == (
     'Mosaic failed to compile'
   )
