@@ -1,6 +1,8 @@
 """The notebooks of colabs/: each runs whole with the package as a wheel, and is kept small."""
 
 import ast
+import base64
+import io
 import json
 import re
 import subprocess
@@ -9,8 +11,10 @@ import sysconfig
 import venv
 
 import nbformat
+import numpy as np
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from PIL import Image
 
 from colabs.run import FOLDER, WIDEST, execute, keep, names, read, stripped
 from tests import tiny
@@ -93,7 +97,6 @@ def test_notebooks_use_the_package_and_define_nothing(name):
   assert badge and badge[2] == name
   assert f"REPOSITORY = 'https://github.com/{badge[1]}'" in cells[0].source
   assert "find_spec('diffusion_jax') is None" in cells[0].source and '%pip' in cells[0].source
-  assert 'pip' not in sources.replace(cells[0].source, '').lower().replace('pipeline', '')
   assert cells[0].source == code(read(NAMES[0]))[0].source
   assert sources.count('COLABS_SMALL') == 1 and 'COLABS_SMALL' in cells[1].source
   assert 'from diffusion_jax' in sources
@@ -119,12 +122,6 @@ def test_kept_outputs_are_of_a_whole_run_and_small(name):
 
 
 def test_pictures_are_kept_small_and_widgets_and_pages_in_words(tmp_path):
-  import base64
-  import io
-
-  import numpy as np
-  from PIL import Image
-
   noise = np.random.default_rng(0).integers(0, 256, (200, 2 * WIDEST, 3), np.uint8)
   buffer = io.BytesIO()
   Image.fromarray(noise).save(buffer, 'PNG')
