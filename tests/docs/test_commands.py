@@ -44,11 +44,14 @@ WRITTEN = {
   'out', 'save_statistics', 'json', 'cache', 'train.workdir', 'convert.target', 'configs.to'
 }
 """Options that name what is written, some of one command alone."""
-COPIED = {'mine.py': 'openmoji/quickstart'}
-"""Files that `configs --copy` makes on the pages -> of which recipe."""
 SYSTEMS = {f'runs/notes/{name}' for name in systems.ALL}
 """What `python -m benchmarks.notes run NAME` makes, as the pages say."""
 ALL = commands()
+COPIED = {
+  words[words.index('--to') + 1]: words[words.index('--copy') + 1]
+  for _, words in ALL if '--copy' in words
+}
+"""Files that `configs --copy` makes on the pages -> of which recipe."""
 
 
 def _ours(words):
