@@ -15,9 +15,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'diffusion_jax'
 BESIDE = {'README.md': 'overview.md', 'CONTRIBUTING.md': 'contributing.md'}
 """Pages of the repository's first folder -> their names on the site."""
-FOLDERS = 'benchmarks|configs|diffusion_jax|launch|tests'
+FOLDERS = 'benchmarks|colabs|configs|diffusion_jax|launch|tests'
 _OF_REPOSITORY = re.compile(rf'\[([^]]+)\]\((?:{FOLDERS})\b[^)]*\)')
 """Links to what is no page: their words are shown as names."""
+_FROM_NETWORK = re.compile(r'!\[([^]]*)\]\(https?://[^)]+\)')
+"""Pictures that a reader without a network would miss, such as badges: their words are shown."""
 TOP = 'modules'
 """The page of the modules that are in no package."""
 
@@ -64,6 +66,7 @@ def on_page_markdown(markdown: str, page, config: MkDocsConfig, files: Files) ->
   if name in BESIDE.values():
     markdown = re.sub(r'\]\(docs/', '](', markdown)
     markdown = _OF_REPOSITORY.sub(r'`\1`', markdown)
+  markdown = _FROM_NETWORK.sub(r'\1', markdown)
   for file, site in BESIDE.items():
     markdown = re.sub(rf'\]\((?:\.\./)?{re.escape(file)}', f']({site}', markdown)
   return markdown

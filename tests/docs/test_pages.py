@@ -94,18 +94,18 @@ def keys():
 def test_what_the_page_from_elsewhere_calls_ours_is_ours(keys):
   """Of its second column each span is a key, with a value that a config takes, an option of a
   command, a recipe, a command or a transform."""
-  rows = re.findall(r'^\| (.*?) \| (.*?) \| ?(.*?) ?\|?$',
-                    PAGES['from_elsewhere.md'].read_text(), flags=re.MULTILINE)
+  lines = PAGES['from_elsewhere.md'].read_text().splitlines()
+  rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line[:1] == '|']
   options = {
     name: {text for action in sub._actions for text in action.option_strings}
     for action in make_parser()._actions if isinstance(action.choices, dict)
     for name, sub in action.choices.items()
   }
   checked = 0
-  for theirs, ours, note in rows:
+  for theirs, ours, *notes in rows:
     found = re.findall(r'`([^`]+)`', ours)
     # Of a note only what is written as a key and its value; the rest may be theirs.
-    found += [span for span in re.findall(r'`([^`]+)`', note)
+    found += [span for span in re.findall(r'`([^`]+)`', ' '.join(notes))
               if span.partition('=')[0] in keys and '.' in span]
     recipe = next((span for span in found if span in recipes()), 'finetune/sd15')
     commands = [span for span in found if span in options]
