@@ -8,7 +8,8 @@ from tests import tiny
 def test_a_bottleneck(outside, trained_with, command, sources, tmp_path):
   assert sources
   values = tiny.autoencoder_config(
-    {'bottleneck': {'type': 'noisy', 'deviation': 0.2}, 'adversarial_weight': 0.0},
+    {'bottleneck': {'type': 'noisy', 'deviation': 0.2}, 'adversarial_weight': 0.0,
+     'autoencoder': tiny.ONE_LEVEL},
     loop={'total_steps': 2, 'evaluate_samples': 16},
   )
   workdir = trained_with(outside('bottleneck'), values)

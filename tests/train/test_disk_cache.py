@@ -44,47 +44,53 @@ def shards(folder):
   return {n: data for n, data in tiny.snapshot(folder).items() if n.endswith('.array_record')}
 
 
-def test_the_losses_are_those_of_memory_and_of_no_cache(train, tmp_path, small_data):
-  memory = losses(train('memory', EXACT))
-  disk = train('disk', {'cache': False, **EXACT}, '--config.settings.cache=disk')
-  assert losses(disk) == memory and len(memory) == STEPS
-  manifest = json.loads((disk / 'cache' / 'latents' / 'manifest.json').read_text())
+@pytest.fixture(scope='module')
+def prepared(once, parts, command, small_data):
+  """A cache that `prepare` has made ahead, with the texts in float32."""
+  del small_data
+
+  def make(folder):
+    recipe, cache = folder / 'recipe.py', folder / 'cache'
+    tiny.write_config(recipe, tiny.diffusion_config(parts, EXACT))
+    arguments = ('prepare', '--config', recipe, f'--config.settings.cache_dir={cache}', '--latents')
+    assert command(*arguments) == 0
+    assert sorted(path.name for path in cache.iterdir()) == ['latents']
+    assert command(*arguments, '--text') == 0
+    assert {name.partition('/')[0] for name in shards(cache)} == {'latents', 'texts', 'null'}
+
+  return once('disk_cache', make) / 'cache'
+
+
+def test_the_losses_are_those_of_memory_and_of_no_cache(train, prepared):
+  """What was prepared is taken as it is, to the end of the same training."""
+  before = tiny.snapshot(prepared)
+  memory, disk = train('memory', EXACT), train(
+    'disk', {'cache': False, **EXACT}, '--config.settings.cache=disk',
+    f'--config.settings.cache_dir={prepared}',
+  )
+  assert losses(disk) == losses(memory) and len(losses(memory)) == STEPS
+  assert tiny.snapshot(prepared) == before
+  manifest = json.loads((prepared / 'latents' / 'manifest.json').read_text())
   assert manifest['complete'] and manifest['records'] > 100
   assert json.loads((disk / 'config.json').read_text())['settings']['cache'] == 'disk'
   without = train('without', {'cache': False}, data={'transforms': tiny.WITH_TEXT})
-  np.testing.assert_allclose(memory, losses(without), rtol=1e-5)
-  # Another run takes the cache of the first, to the end of the same training.
-  before = tiny.snapshot(disk / 'cache')
-  other = {'cache': 'disk', 'cache_dir': str(disk / 'cache'), **EXACT}
-  assert losses(train('other', other)) == memory
-  assert tiny.snapshot(disk / 'cache') == before
+  np.testing.assert_allclose(losses(memory), losses(without), rtol=1e-5)
   name = 'model/unet/diffusion_pytorch_model.safetensors'
-  found, wanted = load_file(tmp_path / 'other' / name), load_file(disk / name)
+  found, wanted = load_file(disk / name), load_file(memory / name)
   assert all((found[key] == wanted[key]).all() for key in wanted)
 
 
-def test_prepare_fills_the_cache_ahead(train, command, fails, parts, tmp_path, small_data):
+def test_prepare_knows_its_options(fails, parts, tmp_path, small_data):
   recipe = tiny.write_config(tmp_path / 'recipe.py', tiny.diffusion_config(parts))
-  cache = tmp_path / 'cache'
-  arguments = ('prepare', '--config', recipe, f'--config.settings.cache_dir={cache}')
+  arguments = ('prepare', '--config', recipe, f'--config.settings.cache_dir={tmp_path}')
   assert 'give them together' in fails(*arguments)
   assert 'does not know --wrong' in fails(*arguments, '--text', '--wrong')
-  with tiny.few_devices():
-    assert command(*arguments, '--latents') == 0
-    assert sorted(path.name for path in cache.iterdir()) == ['latents']
-    assert command(*arguments, '--latents', '--text') == 0
-  before = shards(cache)
-  assert {name.partition('/')[0] for name in before} == {'latents', 'texts', 'null'}
-  train('run', {'cache': 'disk', 'cache_dir': str(cache)})
-  assert shards(cache) == before
 
 
-def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
+def test_other_weights_are_refused(prepared, parts, fails, tmp_path):
   """By the role of their network; what was there stays."""
-  cache = tmp_path / 'run' / 'cache'
-  recipe = tiny.write_config(tmp_path / 'again.py', tiny.diffusion_config(parts))
-  train('run', {'cache': 'disk'})
-  before = shards(cache)
+  recipe = tiny.write_config(tmp_path / 'again.py', tiny.diffusion_config(parts, EXACT))
+  before = tiny.snapshot(prepared)
   role, folder, part = 'autoencoder', tmp_path / 'changed', read_part(parts['autoencoder'])
   params = part.load()
   name = sorted(params)[0]
@@ -93,10 +99,10 @@ def test_other_weights_are_refused(train, parts, fails, tmp_path, small_data):
   message = fails(
     'train', '--config', recipe, '--workdir', tmp_path / 'new',
     f'--config.settings.{role}={folder}', '--config.settings.cache=disk',
-    f'--config.settings.cache_dir={cache}',
+    f'--config.settings.cache_dir={prepared}',
   )
-  assert 'latents differs in weights of autoencoder (' in message and str(cache) in message
-  assert shards(cache) == before
+  assert 'latents differs in weights of autoencoder (' in message and str(prepared) in message
+  assert tiny.snapshot(prepared) == before
 
 
 def test_views_are_made_by_the_transforms_of_the_config(parts, tmp_path, small_data):
@@ -144,17 +150,14 @@ def test_a_batch_of_xl_is_that_of_no_cache(arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_files_of_one(parts, tmp_path, small_data):
+def test_two_processes_write_the_files_of_one(prepared, parts, tmp_path, small_data):
   """Real ones, which share the work."""
-  recipe = tiny.write_config(tmp_path / 'recipe.py', tiny.diffusion_config(parts))
-  found = []
-  for count in (1, 2):
-    cache = tmp_path / str(count)
-    tiny.together(count, small_data, (
-      'prepare', '--config', recipe, '--latents', '--text', f'--config.settings.cache_dir={cache}'
-    ))
-    found.append(shards(cache))
-  assert found[0] == found[1] and len(found[0]) > 4
+  recipe = tiny.write_config(tmp_path / 'recipe.py', tiny.diffusion_config(parts, EXACT))
+  cache = tmp_path / 'cache'
+  tiny.together(2, small_data, (
+    'prepare', '--config', recipe, '--latents', '--text', f'--config.settings.cache_dir={cache}'
+  ))
+  assert shards(cache) == shards(prepared) and len(shards(cache)) > 4
 
 
 @pytest.mark.slow

@@ -73,10 +73,8 @@ def config_of(task, folder, parts):
   data = {'dataset': f'folder:{folder}', 'test_fraction': 0.0, 'most_unreadable': 0.5}
   more = {'data': data, 'loop': dict(LOOP)}
   if task == 'autoencoder':
-    return tiny.autoencoder_config({'adversarial_weight': 0.0, 'autoencoder': {
-      'block_out_channels': [4], 'layers_per_block': 1, 'norm_num_groups': 2,
-      'mid_block_add_attention': False,
-    }}, **more)
+    settings = {'adversarial_weight': 0.0, 'autoencoder': tiny.ONE_LEVEL}
+    return tiny.autoencoder_config(settings, **more)
   if task == 'clip':
     return tiny.clip_config(**more)
   if task == 'diffusion':

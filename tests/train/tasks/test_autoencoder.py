@@ -161,13 +161,11 @@ def test_a_pretrained_autoencoder_is_what_training_begins_with(tmp_path, params)
 def test_latents_have_unit_variance_also_where_nothing_is_scored(small_data, command, tmp_path):
   """The scaling is that of the same run with scores of as many test images, on any devices."""
   scalings = []
-  for samples, devices in ((24, 8), (0, 8), (0, 1)):
+  for samples, devices in ((24, 1), (0, 8)):
     run = tmp_path / f'{samples} {devices}'
     # The adversary would take half the time of compiling, and has no part in it.
     values = tiny.autoencoder_config(
-      {'adversarial_weight': 0.0, 'autoencoder': {
-        'block_out_channels': [4], 'layers_per_block': 1, 'norm_num_groups': 2,
-      }},
+      {'adversarial_weight': 0.0, 'autoencoder': tiny.ONE_LEVEL},
       loop={'total_steps': 2, 'batch_size': 8, 'evaluate_samples': samples},
     )
     config = tiny.write_config(tmp_path / f'{samples}.py', values)
@@ -176,5 +174,4 @@ def test_latents_have_unit_variance_also_where_nothing_is_scored(small_data, com
     written = json.loads((run / 'model' / 'config.json').read_text())
     scalings.append([written['scaling_factor'], written['shift_factor']])
   assert scalings[0][0] != 0.18215  # The default of diffusers.
-  for unscored in scalings[1:]:
-    np.testing.assert_allclose(scalings[0], unscored, rtol=0.05, atol=0.02)
+  np.testing.assert_allclose(*scalings, rtol=0.05, atol=0.02)
