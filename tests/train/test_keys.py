@@ -26,6 +26,7 @@ def _latents(parts):
     'cache': False, 'objective': {'loss': 'sliced', 'prediction': 'v_prediction', **NOISY},
   }, **TWO_STEPS)
   values['data']['transforms'] = tiny.WITH_TEXT
+  values['loop']['evaluate_samples'] = 0
   return values
 
 

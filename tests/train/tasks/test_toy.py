@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from safetensors.numpy import load_file
 from scipy.spatial.distance import cdist
 
 from diffusion_jax.config import parse
@@ -113,17 +112,14 @@ def test_importance_resumes_to_the_bit_and_the_run_is_whole(tmp_path, command):
   values['settings']['sample']['steps'] = 4
   values['data']['size'] = 16
   values['optimizer'] |= {'schedule': 'constant', 'learning_rate': 1e-2}
-  values['loop'] |= {'log_every_steps': 1, 'sample_every_steps': 0, 'evaluate_samples': 256}
+  values['loop'] |= {
+    'total_steps': 8, 'log_every_steps': 1, 'checkpoint_every_steps': 4, 'sample_every_steps': 0,
+    'evaluate_samples': 256,
+  }
   config = tiny.write_config(tmp_path / 'recipe.py', values)
-  for run, steps in (('whole', 8), ('parts', 4), ('parts', 8)):
-    arguments = ['--workdir', tmp_path / run, '--quiet', f'--config.loop.total_steps={steps}']
-    assert command('train', '--config', config, *arguments) == 0
-  name = 'model/diffusion_pytorch_model.safetensors'
-  whole, parts = (load_file(tmp_path / run / name) for run in ('whole', 'parts'))
-  for key, value in whole.items():
-    np.testing.assert_array_equal(parts[key], value, err_msg=key)
+  assert command('train', '--config', config, '--workdir', tmp_path / 'whole', '--quiet') == 0
   # Without the memory the second part would draw timesteps uniformly: other losses.
-  assert tiny.metrics(tmp_path / 'whole')[6]['loss'] == tiny.metrics(tmp_path / 'parts')[6]['loss']
+  tiny.check_going_on(command, config, tmp_path / 'whole', tmp_path)
   scores = json.loads((tmp_path / 'whole' / 'scores.json').read_text())
   assert set(scores) == {'generated', 'untrained', 'real', 'measured', 'settings'}
   assert scores['settings']['step'] == 8
