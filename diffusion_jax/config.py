@@ -6,10 +6,11 @@
 import dataclasses
 import difflib
 import functools
+import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from diffusion_jax.errors import UserError
@@ -246,7 +247,8 @@ class OptimizerConfig:
   step, ending at final_fraction of the peak. b1, b2, eps, weight_decay: of those that have them.
   clip_norm: largest global gradient norm, 0 for none. groups: (regular expression over parameter
   names, factor on the learning rate); the first that matches counts, factor 0 freezes, no match
-  means 1. options: more arguments of the optimizer.
+  means 1. moments: type in which they are stored, of 8 bits with the codes of
+  `train.optimizers.moments`. options: the optimizer's own keys.
   """
 
   name: Annotated[str, OneOf(OPTIMIZERS)] = 'adamw'
@@ -261,13 +263,39 @@ class OptimizerConfig:
   clip_norm: Annotated[float, Range(0)] = 1.0
   groups: tuple[tuple[str, float], ...] = ()
   options: dict[str, Any] = dataclasses.field(default_factory=dict)
+  moments: Literal['float32', 'bfloat16', 'int8_dynamic', 'int8_linear'] = 'float32'
 
   def __post_init__(self):
-    if self.options:  # Else nothing is imported.
-      try:
-        load(OPTIMIZERS, self.name, 'optimizer.name')(self, lambda n: 0.0, {})
-      except TypeError as error:
-        raise UserError(f'optimizer.options do not fit {self.name} ({error}).') from error
+    if self.name == 'adamw' and not self.options:
+      return  # Nothing is imported.
+    typed_apart = [key for key in self.options if key in ('mu_dtype', 'accumulator_dtype')]
+    if typed_apart and self.moments != 'float32':
+      raise UserError(
+        f'optimizer.moments is {self.moments!r}, and optimizer.options.{typed_apart[0]} is another '
+        'type for the same; leave out one of them.'
+      )
+    try:
+      self.transformation(lambda n: 0.0, {})
+    except (TypeError, ValueError) as error:
+      raise UserError(f'optimizer.options do not fit {self.name} ({error}).') from error
+
+  def transformation(self, schedule: Callable[[Any], Any], mask: Mapping[str, bool]) -> Any:
+    """What its row of `OPTIMIZERS` makes; UserError for an unknown or unfit key of the options."""
+    make = load(OPTIMIZERS, self.name, 'optimizer.name')
+    every = inspect.signature(make).parameters.values()
+    own = [one.name for one in every if one.kind is one.KEYWORD_ONLY]
+    if not own:  # It reads the options itself.
+      return make(self, schedule, mask)
+    hints = typing.get_type_hints(make, include_extras=True)
+    for key, value in self.options.items():
+      if key not in own:
+        near = difflib.get_close_matches(key, own, n=1)
+        hint = f'did you mean {near[0]}?' if near else f'its keys are {", ".join(own)}.'
+        raise UserError(
+          f'optimizer.options do not fit {self.name} (it has no {key!r:.80}); {hint}'
+        )
+      convert(hints[key], value, f'optimizer.options.{key}')
+    return make(self, schedule, mask, **self.options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,14 +245,18 @@ EXPORTS = Table('export', {'model': 'diffusion_jax.pipelines.directory:save_mode
 """Functions that write a trained model, needed when a run ends."""
 
 OPTIMIZERS = Table('optimizer', {
-  'adamw': 'diffusion_jax.train.optimizer:adamw',
-  'adam': 'diffusion_jax.train.optimizer:adam',
-  'sgd': 'diffusion_jax.train.optimizer:sgd',
-  'lion': 'diffusion_jax.train.optimizer:lion',
-  'lamb': 'diffusion_jax.train.optimizer:lamb',
-  'adafactor': 'diffusion_jax.train.optimizer:adafactor',
+  'adamw': 'diffusion_jax.train.optimizers.plain:adamw',
+  'adam': 'diffusion_jax.train.optimizers.plain:adam',
+  'sgd': 'diffusion_jax.train.optimizers.plain:sgd',
+  'lion': 'diffusion_jax.train.optimizers.plain:lion',
+  'lamb': 'diffusion_jax.train.optimizers.plain:lamb',
+  'adafactor': 'diffusion_jax.train.optimizers.plain:adafactor',
+  'prodigy': 'diffusion_jax.train.optimizers.plain:prodigy',
+  'muon': 'diffusion_jax.train.optimizers.muon:muon',
+  'schedule_free': 'diffusion_jax.train.optimizers.schedule_free:schedule_free',
 })
-"""Functions (OptimizerConfig, learning rate, mask of what decays) -> optax transformation."""
+"""Functions (OptimizerConfig, learning rate, mask of what decays, *, own keys) -> optax
+transformation; `optimizer.options` are its own keys, of the types that they are annotated with."""
 
 
 def load(table: Table, name: str, where: str = '') -> Any:

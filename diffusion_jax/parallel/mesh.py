@@ -114,13 +114,14 @@ def shard_params(params: Params, mesh: Mesh) -> dict[str, NamedSharding]:
 def shard_like(tree, params: Params, mesh: Mesh):
   """Shardings for a tree with copies of `params`, such as an optimizer state or the EMA.
 
-  A leaf below a key that names a parameter of its shape is split like it; others are replicated.
+  A leaf below a key that names a parameter of its rank is split by the same rule, where its shape
+  allows it; others, such as sums over an axis, are replicated.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def one(path, leaf):
     name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
-    if name in params and params[name].shape == leaf.shape:
+    if name in params and len(params[name].shape) == len(leaf.shape):
       return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh.shape))
     return replicated
 

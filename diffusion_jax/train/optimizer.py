@@ -9,11 +9,10 @@ import optax
 from diffusion_jax.backend import cpu
 from diffusion_jax.config import OptimizerConfig
 from diffusion_jax.errors import UserError
-from diffusion_jax.registry import OPTIMIZERS, load
+from diffusion_jax.train.optimizers.moments import stored
+from diffusion_jax.train.optimizers.plain import Mask, Transformation
+from diffusion_jax.train.optimizers.schedule_free import Around
 from diffusion_jax.types import Params
-
-Mask = dict[str, bool]
-"""Which parameters decay."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -54,56 +53,6 @@ def group_factors(params: Params, groups: tuple) -> dict[str, float]:
   return factors
 
 
-Transformation = optax.GradientTransformationExtraArgs
-
-
-def adamw(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
-  """AdamW (Loshchilov & Hutter 2019, algorithm 2). Its state is that of the one-pass AdamW."""
-  adam = optax.scale_by_adam(config.b1, config.b2, config.eps, **config.options)
-
-  def update(grads: Params, state, params: Params, **_):
-    rate = schedule(state.count)
-    updates, state = adam.update(grads, state, params)
-    decay = lambda name: config.weight_decay * mask[name] * params[name]
-    return {name: -rate * (u + decay(name)) for name, u in updates.items()}, state
-
-  return Transformation(adam.init, update)
-
-
-def adam(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
-  """Adam (Kingma & Ba 2015); weight_decay is a penalty within the gradient."""
-  made = optax.adam(schedule, config.b1, config.b2, config.eps, **config.options)
-  return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), made)
-
-
-def sgd(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
-  """Gradient descent; options momentum and nesterov. weight_decay is within the gradient."""
-  made = optax.sgd(schedule, **config.options)
-  return optax.chain(optax.add_decayed_weights(config.weight_decay, mask), made)
-
-
-def lion(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
-  """Lion (Chen et al. 2023)."""
-  return optax.lion(
-    schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask, **config.options
-  )
-
-
-def lamb(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
-  """LAMB (You et al. 2020)."""
-  return optax.lamb(
-    schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask,
-    **config.options,
-  )
-
-
-def adafactor(config: OptimizerConfig, schedule: optax.Schedule, mask: Mask) -> Transformation:
-  """Adafactor (Shazeer & Stern 2018); here, too, weight_decay is times the learning rate."""
-  made = optax.adafactor(schedule, **config.options)
-  decay = optax.add_decayed_weights(lambda n: -config.weight_decay * schedule(n), mask)
-  return optax.chain(made, decay)
-
-
 FUSED = {('adamw', 'cpu'): cpu.adamw}
 """Optimizers that a platform has in one pass, with clipping and factors."""
 
@@ -111,22 +60,30 @@ FUSED = {('adamw', 'cpu'): cpu.adamw}
 def make_optimizer(
   config: OptimizerConfig, params: Params, total_steps: int, platform: str
 ) -> Transformation:
-  """The config's optimizer: clip, update, group factors, in this order.
+  """The config's optimizer: clip, update, group factors, in this order; moments stored as it says.
 
   update(gradients, state, parameters, use=True, norm=None): where scalar `use` is False, updates
   are zero and the state stays. norm: of all gradients, if known; clipping is by the global norm of
-  the trained groups. platform: of the mesh, such as 'cpu'. UserError: unknown name, or a group
-  without parameters.
+  the trained groups. platform: of the mesh, such as 'cpu'. UserError: unknown name, a group without
+  parameters, or what the optimizer cannot do.
   """
   schedule, mask = learning_rate_schedule(config, total_steps), decay_mask(params)
   factors = group_factors(params, config.groups)
+  around = lambda made: made
   if (fused := FUSED.get((config.name, platform))) and not config.options:
-    return fused(
+    made = fused(
       schedule, config.b1, config.b2, config.eps, clip_norm=config.clip_norm, factors=factors,
       decays={name: config.weight_decay * decayed for name, decayed in mask.items()},
     )
-  made = load(OPTIMIZERS, config.name, 'optimizer.name')(config, schedule, mask)
-  return _guarded(optax.with_extra_args_support(made), config.clip_norm, factors)
+  else:
+    made = config.transformation(schedule, mask)
+    if isinstance(made, Around):
+      made, around = made.within, made.around
+    made = _guarded(optax.with_extra_args_support(made), config.clip_norm, factors)
+  if config.moments != 'float32':
+    made = stored(made, config.moments, config.name)
+    jax.eval_shape(made.init, params)  # Which fails where there is nothing to store.
+  return around(made)
 
 
 def _guarded(made: Transformation, clip_norm: float, factors: dict[str, float]) -> Transformation:
@@ -145,6 +102,11 @@ def _guarded(made: Transformation, clip_norm: float, factors: dict[str, float]) 
     return updates, jax.tree.map(lambda a, b: jnp.where(use, a, b), after, state)
 
   return Transformation(made.init, update)
+
+
+def gradients_at(state: optax.OptState, params: Params) -> Params:
+  """Return the parameters at which the gradient is taken, where the optimizer says otherwise."""
+  return state.gradients_at(params) if hasattr(state, 'gradients_at') else params
 
 
 def learning_rates(config: OptimizerConfig, total_steps: int) -> dict[str, optax.Schedule]:

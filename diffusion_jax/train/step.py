@@ -14,6 +14,7 @@ from diffusion_jax.parallel.mesh import batch_sharding
 from diffusion_jax.train import ema
 from diffusion_jax.train.guard import GuardConfig, choose, judge
 from diffusion_jax.train.meter import Metrics
+from diffusion_jax.train.optimizer import gradients_at
 from diffusion_jax.train.state import TrainState
 from diffusion_jax.train.tasks.task import Task
 
@@ -36,10 +37,13 @@ def _microbatches(batch: dict, count: int, mesh: Mesh) -> dict:
 
 def _gradients(task: Task, state: TrainState, frozen, batch, key, accumulation: int, mesh: Mesh):
   """Return ((mean gradient, mean loss, merged metrics), what was observed of each example)."""
+  params = gradients_at(state.opt_state, state.params)
+  if params is not state.params:
+    params = task.constrain(params, state.carry)
 
   def part(micro, key):
     (loss, (metrics, observed)), grads = jax.value_and_grad(task.loss, has_aux=True)(
-      state.params, frozen, state.carry, micro, key, state.step
+      params, frozen, state.carry, micro, key, state.step
     )
     return (grads, loss, metrics), observed
 

@@ -166,7 +166,7 @@ def test_the_norm_is_that_of_all_numbers():
 
 
 def _mask(params):
-  return {name: p.ndim == 2 for name, p in params.items()}
+  return {name: p.ndim >= 2 for name, p in params.items()}
 
 
 BY_OPTAX = {
@@ -187,7 +187,8 @@ OPTIONS = {
 
 
 def test_every_optimizer_is_held_against_optax():
-  assert set(BY_OPTAX) == set(OPTIMIZERS)
+  """Here or in test_optimizers."""
+  assert {*BY_OPTAX, 'muon', 'prodigy', 'schedule_free'} == set(OPTIMIZERS)
 
 
 def _config(name, **more):
