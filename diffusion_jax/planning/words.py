@@ -34,8 +34,9 @@ def _needs(plan: Plan) -> Iterator[str]:
   if chip:
     free = f'; {size(chip.memory - plan.bytes)} of {size(chip.memory)} are free'
   yield (
-    f'memory of a device: {size(plan.bytes)} = state {size(step["state"])} + batch '
-    f'{size(step["batch"])} + temporary {size(step["temporary"])}{free}'
+    f'memory of a device: {size(plan.bytes)} = state {size(step["state"])}, of which '
+    f'optimizer {size(step["optimizer"])}, + batch {size(step["batch"])} + temporary '
+    f'{size(step["temporary"])}{free}'
   )
   by_program = f', {step["flops"] / TERA:,.3g} as XLA counts the program' if step['flops'] else ''
   least = 'at least ' * bool(f['uncounted'])

@@ -25,7 +25,8 @@ class StepReport:
 
   seconds: to compile. parameters: trained scalars, over all devices. state: parameters, optimizer,
   average and frozen networks. temporary: activations, gradients and others during the step. flops:
-  as XLA counts them, or None. size: of the images, '' where there are none.
+  as XLA counts them, or None. size: of the images, '' where there are none. optimizer: the part of
+  `state` that is the optimizer's.
   """
 
   seconds: float
@@ -36,6 +37,7 @@ class StepReport:
   temporary: int
   flops: float | None
   size: str = ''
+  optimizer: int = 0
 
   @property
   def bytes(self) -> int:
@@ -53,8 +55,9 @@ class StepReport:
       f'{self.parameters / 1e6:,.2f} M parameters on {self.devices} '
       f'{"device" if self.devices == 1 else "devices"}{f" ({sizes})" if sizes else ""}; '
       f'step compiled in {self.seconds:.1f} s{flops}',
-      f'memory of each device: {size(self.bytes)} = state {size(self.state)} + batch '
-      f'{size(self.batch)} + temporary {size(self.temporary)}',
+      f'memory of each device: {size(self.bytes)} = state {size(self.state)}, of which '
+      f'optimizer {size(self.optimizer)}, + batch {size(self.batch)} + temporary '
+      f'{size(self.temporary)}',
     ]
 
   def as_json(self) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def compile_step(step: Any, state: TrainState, frozen: dict, batch: dict):
     devices=jax.tree.leaves(state.params)[0].sharding.num_devices,
     state=held((state, frozen)), batch=held(batch),
     temporary=memory.temp_size_in_bytes if memory is not None else 0,
-    flops=flops if flops > 0 else None, size=_size_of(batch),
+    flops=flops if flops > 0 else None, size=_size_of(batch), optimizer=held(state.opt_state),
   )
   return compiled, report
 

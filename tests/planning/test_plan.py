@@ -162,7 +162,8 @@ FACTS = {
   'accessed': 0.0, 'cycles': 300_000_000, 'cycles_by_source': {'down': 3}, 'collectives': {
     'all-reduce': {'count': 2, 'bytes': 40e9, 'overlapping_bytes': 20e9},
   }, 'kernels': {'splash_mha_fwd': {'calls': 1, 'flops': 9.85e12}}, 'step': {
-    'state': 1e9, 'batch': 0, 'temporary': 1e9, 'bytes': 2e9, 'flops': 39.4e12, 'seconds': 3.0,
+    'state': 1e9, 'optimizer': 5e8, 'batch': 0, 'temporary': 1e9, 'bytes': 2e9,
+    'flops': 39.4e12, 'seconds': 3.0,
   },
 }
 

@@ -49,6 +49,7 @@ def test_each_shape_is_compiled_once_and_trains_as_the_jitted_step_does():
   programs, batches = StepPrograms(step, compiling), {n: _batch(n, mesh) for n in (3, 5)}
   report = programs.prepare(abstract, {}, batches[3])
   assert report.parameters == 36 and report.batch == 4 * BATCH * (3 * 8 + 4) // 2
+  assert report.optimizer == 4 * (2 * 36 + 1) < report.state
   compilations, counts = Compilations(), []
   state, wanted = (initializer(task, optimizer, 0, abstract)(None) for _ in range(2))
   for rows in (3, 5, 3, 5):
