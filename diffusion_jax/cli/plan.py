@@ -52,6 +52,7 @@ class Options:
     "of one chip's hour, for all targets or by chip: 1.2, or v5e=1.2,h100=3", 'P'
   )] = ''
   json: Annotated[str, Help('where all figures go', 'FILE')] = ''
+  html: Annotated[str, Help('where a page with bars of memory and time goes', 'FILE')] = ''
   cache: Annotated[str, Help(
     'where plans are kept (default: ~/.cache/diffusion_jax/plans)', 'DIR'
   )] = ''
@@ -102,7 +103,19 @@ def run(args: argparse.Namespace) -> int:
     with writing(options.json, '--json') as path:
       path.write_text(json.dumps({'config': config, 'plans': rows}, indent=2) + '\n')
     print(f'the figures are in {path}')
+  if options.html:
+    with writing(options.html, '--html') as path:
+      _write_page(path, plans, paid)
+    print(f'the page is {path}')
   return int(any(plan.error for plan in plans))
+
+
+def _write_page(path: Path, plans: list[Plan], prices: list[float | None]) -> None:
+  from diffusion_jax.planning.words import NOTE, page_row, table
+  from diffusion_jax.viz.plan import write_plan_page
+
+  rows = [page_row(plan, price) for plan, price in zip(plans, prices, strict=True)]
+  write_plan_page(path, rows, table(plans, prices), NOTE)
 
 
 def _searched(

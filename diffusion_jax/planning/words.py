@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from diffusion_jax.planning.estimate import COMPILER
 from diffusion_jax.planning.plan import Plan
+from diffusion_jax.viz.plan import Row
 
 GIGA, TERA = 1e9, 1e12
 NOTE = """Nothing here was measured. Memory and programs are those of the real compilers; times on
@@ -108,6 +109,23 @@ def table(plans: Sequence[Plan], prices: Sequence[float | None]) -> list[str]:
             for i in range(len(head))]
   return ['  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)).rstrip()
           for row in rows]
+
+
+def page_row(plan: Plan, price: float | None = None) -> Row:
+  """Return one plan for `viz.plan`."""
+  e, chip, step = plan.estimate, plan.target.chip, plan.facts.get('step', {})
+  memory = {name: step[name] / GIGA for name in ('state', 'batch', 'temporary') if step}
+  times = {}
+  if e and e.basis == COMPILER:
+    times = {
+      'computing': e.computing, 'kernels, by formula': e.kernels, 'waiting': e.waiting,
+    }
+  elif e:
+    times = {f'bound by {e.bounded_by}': e.step}
+  return Row(
+    str(plan.target), memory, chip.memory / GIGA if chip else 0.0,
+    {name: 1e3 * value for name, value in times.items()}, plan_lines(plan, price),
+  )
 
 
 def seconds(value: float) -> str:

@@ -17,10 +17,11 @@ from diffusion_jax.planning.hlo import cycles_of, kernels_of
 from diffusion_jax.planning.plan import fingerprint, make_plan
 from diffusion_jax.planning.targets import Target, plugin_versions, sentence
 from diffusion_jax.planning.unread import with_model
-from diffusion_jax.planning.words import plan_lines, table
+from diffusion_jax.planning.words import page_row, plan_lines, table
 from diffusion_jax.recipe import load_config
 from diffusion_jax.train.compile import abstract_arguments, compile_step, held
 from diffusion_jax.train.state import initializer
+from diffusion_jax.viz.plan import bar
 from tests import tiny
 
 needs_libtpu = pytest.mark.skipif(
@@ -38,13 +39,14 @@ def test_the_program_is_the_one_that_train_runs(finished, tmp_path, command, cap
   """Memory and FLOPs are those that the run wrote into step.json; asking again compiles nothing."""
   out = tmp_path / 'plan.json'
   ask = ('plan', '--config', finished.parent / 'recipe.py', '--target', 'cpu:1',
-         '--json', out, '--cache', tmp_path / 'kept')
+         '--json', out, '--html', tmp_path / 'plan.html', '--cache', tmp_path / 'kept')
   assert command(*ask) == 0
   assert 'compiled in' in capsys.readouterr().out
   (row,) = json.loads(out.read_text())['plans']
   ran = json.loads((finished / 'step.json').read_text())
   same = ('parameters', 'devices', 'state', 'batch', 'temporary', 'flops', 'size', 'bytes')
   assert {name: row['step'][name] for name in same} == {name: ran[name] for name in same}
+  assert f'temporary {ran["temporary"] / 1e9:,.3g} GB' in (tmp_path / 'plan.html').read_text()
   assert command(*ask) == 0 and 'kept from before' in capsys.readouterr().out
 
 
@@ -182,6 +184,12 @@ def test_times_by_hand():
   plan = planning.Plan(Target.of('v5e:2x2'), FACTS)
   lines = '\n'.join([*plan_lines(plan, 2.0), *table([plan], [2.0])])
   assert '14.9 GB of 16.9 GB are free' in lines and 'step: about 350 ms' in lines
+  row = page_row(plan)
+  assert row.limit == pytest.approx(15.75 * 2**30 / 1e9) and sum(row.times.values()) == (
+    pytest.approx(350)
+  )
+  assert bar({'<a>': 1.0, 'b': 3.0}, 8.0, 'GB').count('width="125.0"') == 1
+  assert '&lt;a&gt; 1 GB' in bar({'<a>': 1.0}, 8.0, 'GB')
   assert '7.00 at 2 for one' in lines and 'splash_mha_fwd: 1 x, 9.85 TFLOP' in lines
 
 
