@@ -8,6 +8,7 @@ def get_config() -> ConfigDict:
   config = finetune_base('sd15', 512)
   # diffusers' examples/text_to_image/train_text_to_image_lora: rank 4, 15,000 steps at 1e-4,
   # cosine, gradient norm up to 1, no caption dropped.
+  # Other kinds of adapters: --config.settings.lora.kind=lokr, loha, oft or diag_oft.
   config.settings.lora = ConfigDict({
     'rank': 4, 'alpha': 4.0, 'targets': ('to_q', 'to_k', 'to_v', 'to_out.0'),
   })

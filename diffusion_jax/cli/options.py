@@ -119,7 +119,7 @@ class AdapterOptions(GuideOptions):
 
   guiding_clip: Annotated[str, Help(_CLIP, 'DIR', flag='clip')] = ''
   lora: Annotated[tuple[str, ...], Help(
-    'a LoRA to merge, of any usual trainer; repeat for several', 'FILE[:SCALE]'
+    'a LoRA or other adapter to merge, of any usual trainer; repeat for several', 'FILE[:SCALE]'
   )] = ()
   controlnet: Annotated[str, Help('a ControlNet made for the model', 'DIR')] = ''
   textual_inversion: Annotated[tuple[str, ...], Help(
@@ -128,16 +128,18 @@ class AdapterOptions(GuideOptions):
 
   def apply(self, model, weights, guides: Collection[str] = ()):
     """Return (model, weights) with them, and with what those guides need."""
-    from diffusion_jax.pipelines.adapters import add_controlnet, add_lora, add_textual_inversion
+    from diffusion_jax.pipelines.adapters import add_controlnet, add_loras, add_textual_inversion
 
     _check_diffusion(model, [*self.named(), *guides])
+    loras = []
     for text in self.lora:
       path, _, scale = text.rpartition(':')
       try:
         path, scale = (path, float(scale)) if path else (text, 1.0)
       except ValueError:
         path, scale = text, 1.0
-      weights = add_lora(model, weights, path, scale)
+      loras.append((path, scale))
+    weights = add_loras(model, weights, loras)
     for path in self.textual_inversion:
       weights = add_textual_inversion(model, weights, path)
     if self.controlnet:

@@ -1,4 +1,4 @@
-"""Keys in files of LoRA: the layer of a network that a tensor belongs to, and its part.
+"""Keys in files of adapters: the layer of a network that a tensor belongs to, and its part.
 
 A layer is the dotted name of a dense layer or a convolution, here and in diffusers. kohya's files
 join names by underscores, so undoing that needs the network's names; for Stable Diffusion XL they
@@ -10,149 +10,15 @@ SimpleTuner and XLabs; of Stable Diffusion 3 and Flux.1 also the original names,
 layers may be one (`formats.adapter_layers`).
 """
 
-import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_jax.errors import UserError, require
+from diffusion_jax.errors import require
 from diffusion_jax.formats.adapter_layers import original_rows
 from diffusion_jax.formats.single_file_names import unet_names
-
-LONGEST = 2000
-"""Characters of all patterns of one file that are more than names."""
-DEEPEST = 5
-"""Choices within one another."""
-
-_NAME = re.compile(r'(\^?)((?:[\w-]|\\?\.)+)\$?')
-_ONE = re.compile(r'(\\[dDwWsS]|\\[^\w\s]|\[\^?[\w.\\-]+\]|[^\\\[\](){}|*+?^$])([*+?]?)\??')
-
-
-class NamePatterns:
-  r"""Values by patterns of layer names, as in PEFT's configs, matched in bounded time.
-
-  The first pattern that matches a name's end, from a dot on, gives its value, as PEFT's
-  re.match(rf'(.*\.)?({pattern})$', name). A backtracking matcher may never end; here all places in
-  the pattern advance together along a name. Known are characters, classes such as [a-z], . \d \w, *
-  + ? on one of these, ^ and $, and choices as in (to_q|to_k)(_proj)?.
-  """
-
-  def __init__(self, patterns: Mapping[str, Any], where: str):
-    """`where` names the source in the UserError for a pattern that is not known here."""
-    self._names: dict[str, tuple[int, bool, Any]] = {}
-    self._patterns: list[tuple[int, list, Any]] = []
-    length = 0
-    for number, (text, value) in enumerate(patterns.items()):
-      if name := _NAME.fullmatch(text):  # A dot is taken for a dot, as whoever wrote it meant it.
-        key = name[2].replace('\\.', '.')
-        self._names.setdefault(key, (number, bool(name[1]), value))
-        continue
-      length += len(text)
-      require(
-        length <= LONGEST, f'{where}: the patterns have over {LONGEST} characters; write names.'
-      )
-      self._patterns.append((number, _parse(text, where), value))
-
-  def find(self, names: Iterable[str], default: Any) -> Any:
-    """Return the value of the first pattern that matches one of the names."""
-    found = [hit for name in names for hit in self._hits(name)]
-    return min(found, key=lambda hit: hit[0])[1] if found else default
-
-  def _hits(self, name: str) -> Iterable[tuple[int, Any]]:
-    parts = name.split('.')
-    for start in range(len(parts)):
-      number, anchored, value = self._names.get('.'.join(parts[start:]), (0, True, None))
-      if value is not None and not (anchored and start):
-        yield number, value
-    for number, choices, value in self._patterns:
-      if _matches(choices, name):
-        yield number, value
-
-
-def _parse(text: str, where: str) -> list:
-  """Choices, which are lists of steps: (^, $, a character's test or choices, how many times)."""
-  shown = text if len(text) <= 60 else f'{text[:60]}...'
-  unknown = UserError(
-    f'{where}: the pattern {shown!r} is more than names, classes, *, +, ? and choices; write the '
-    'names of the layers.'
-  )
-
-  def choices(place: int, depth: int) -> tuple[list, int]:
-    if depth > DEEPEST:
-      raise unknown
-    found: list[list] = [[]]
-    while place < len(text) and text[place] != ')':
-      if text[place] == '|':
-        found.append([])
-        place += 1
-      elif text[place] in '^$':
-        found[-1].append((text[place], ''))
-        place += 1
-      elif text[place] == '(':
-        inner, place = choices(place + 1, depth + 1)
-        if text[place : place + 1] != ')':
-          raise unknown
-        optional = text[place + 1 : place + 2] == '?'
-        found[-1].append((inner, '?' if optional else ''))
-        place += 1 + optional
-      elif one := _ONE.match(text, place):
-        found[-1].append((_test(one[1]), one[2]))
-        place = one.end()
-      else:
-        raise unknown
-    return found, place
-
-  try:
-    found, end = choices(0, 0)
-  except re.error:  # A class such as [z-a].
-    raise unknown from None
-  if end < len(text):
-    raise unknown
-  return found
-
-
-@functools.lru_cache(maxsize=256)
-def _test(text: str) -> re.Pattern:
-  return re.compile(text)
-
-
-def _matches(choices: list, name: str) -> bool:
-  """Sets of places in the name are bits of whole numbers; bit n is after n characters."""
-  starts = 1 | sum(2 << i for i, character in enumerate(name) if character == '.')
-  bits: dict[re.Pattern, int] = {}
-
-  def here(test: re.Pattern) -> int:
-    if test not in bits:
-      bits[test] = sum(1 << i for i, character in enumerate(name) if test.match(character))
-    return bits[test]
-
-  def run(choices: list, places: int) -> int:
-    ends = 0
-    for steps in choices:
-      at = places
-      for step, times in steps:
-        at = after(step, times, at)
-      ends |= at
-    return ends
-
-  def after(step: Any, times: str, places: int) -> int:
-    if step == '^':
-      return places & 1
-    if step == '$':
-      return places & 1 << len(name)
-    if isinstance(step, list):
-      return run(step, places) | (places if times else 0)
-    fits = here(step)
-    once = (places & fits) << 1
-    if times in ('', '?'):
-      return once | places if times else once
-    places = once if times == '+' else places
-    # A carry runs through each run of characters that fit, from every place on.
-    return ((places & fits) + fits ^ fits) | places
-
-  return bool(run(choices, starts) >> len(name) & 1)
-
+from diffusion_jax.models.adapters import KINDS
 
 TOWER = 'text_model.'
 """Before the layers of a text encoder; some writers leave it out."""
@@ -219,10 +85,13 @@ KOHYA = {
 without original names are OneTrainer's, which ComfyUI reads, too."""
 ORIGINAL = 'lora_unet_'
 """Before the original names of a transformer, as kohya's scripts write them."""
+LYCORIS_START = 'lycoris_'
+"""Before the layers of a network of its own that LyCORIS wraps, as SimpleTuner writes them."""
 _JOINED = KOHYA | {
-  'unet': (*KOHYA['unet'], 'lycoris_'),
-  'transformer': (*KOHYA['transformer'], 'lycoris_', ORIGINAL),
+  'unet': (*KOHYA['unet'], LYCORIS_START),
+  'transformer': (*KOHYA['transformer'], LYCORIS_START, ORIGINAL),
 }
+_OF_KOHYA = tuple({start.rstrip('_') for starts in _JOINED.values() for start in starts})
 _COMFYUI = ('diffusion_model.', 'model.diffusion_model.')
 _OF_T5 = ('text_encoders.t5xxl.transformer.', 't5xxl.transformer.')
 _DOTTED = {
@@ -237,16 +106,36 @@ _DOTTED = {
 _BARE = 'base_model.model.'
 
 _PARTS = {
-  '.lora_A.weight': 'a', '.lora_B.weight': 'b', '.lora_A': 'a', '.lora_B': 'b',
-  '.lora_down.weight': 'a', '.lora_up.weight': 'b', '.lora_mid.weight': 'mid',
-  '.down.weight': 'a', '.up.weight': 'b', '.lora.down.weight': 'a', '.lora.up.weight': 'b',
-  '_lora.down.weight': 'a', '_lora.up.weight': 'b',
-  '.lora_linear_layer.down.weight': 'a', '.lora_linear_layer.up.weight': 'b',
+  '.lora_A.weight': 'lora.a', '.lora_B.weight': 'lora.b', '.lora_A': 'lora.a', '.lora_B': 'lora.b',
+  '.lora_down.weight': 'lora.a', '.lora_up.weight': 'lora.b', '.lora_mid.weight': 'lora.mid',
+  '.down.weight': 'lora.a', '.up.weight': 'lora.b', '.lora.down.weight': 'lora.a',
+  '.lora.up.weight': 'lora.b', '_lora.down.weight': 'lora.a', '_lora.up.weight': 'lora.b',
+  '.lora_linear_layer.down.weight': 'lora.a', '.lora_linear_layer.up.weight': 'lora.b',
   '.alpha': 'alpha', '.lora.alpha': 'alpha', '_lora.alpha': 'alpha',
   '.lora_linear_layer.alpha': 'alpha',
+  '.dora_scale': 'magnitude', '.lora_magnitude_vector': 'vector',
+  '.lora_magnitude_vector.weight': 'vector', '.lora_B.bias': 'bias', '.diff_b': 'diff_b',
+  '.oft_R.weight': 'oft.skew',
+}
+"""Ends of names -> what they are of an adapter: KIND.PART, or a part that several kinds have."""
+LYCORIS = {
+  'lora': {'a': 'lora_down.weight', 'b': 'lora_up.weight'},
+  'loha': {part: f'hada_{part}' for part in KINDS['loha'].parts},
+  'lokr': {part: f'lokr_{part}' for part in KINDS['lokr'].parts},
+  'diag_oft': {'blocks': 'oft_blocks', 'rescale': 'rescale'}, 'full': {'diff': 'diff'},
+}
+"""Names of parts, by kind, in the files of LyCORIS and of kohya's scripts."""
+PEFT = {
+  'lora': {'a': 'lora_A.weight', 'b': 'lora_B.weight'}, 'loha': LYCORIS['loha'],
+  'lokr': LYCORIS['lokr'], 'oft': {'skew': 'oft_R.weight'},
+}
+"""The same in those of PEFT."""
+_PARTS |= {
+  f'.{end}': f'{kind}.{part}' for kind, ends in LYCORIS.items() for part, end in ends.items()
 }
 _SHORTEST_FIRST = sorted(_PARTS, key=len)
-_ADAPTER = re.compile(r'\.(lora_[AB])\.[^.]+\.weight$')
+_ADAPTER = re.compile(r'\.(lora_[AB]|oft_R|lora_magnitude_vector)\.[^.]+\.(weight|bias)$')
+_OF_LYCORIS = re.compile(r'\.((?:hada|lokr)_\w+)\.[^.]+$')
 
 
 def kohya_start(role: str, layers: Iterable[str], roles: Iterable[str]) -> str:
@@ -270,14 +159,11 @@ INVERSION = {
 }
 """Tensors of AUTOMATIC1111's textual inversions -> the roles that they are for."""
 _OTHERS = {
-  'DoRA': re.compile(r'dora_scale|lora_magnitude_vector|\.magnitude'),
-  'LoHa': re.compile(r'\.hada_'), 'LoKr': re.compile(r'\.lokr_'),
-  'OFT': re.compile(r'\.b?oft_'), 'GLoRA': re.compile(r'\.[ab][12]\.weight$'),
+  'BOFT': re.compile(r'\.boft_'), 'GLoRA': re.compile(r'\.[ab][12]\.weight$'),
   'IA3': re.compile(r'\.ia3_|\.on_input$'), 'a Control-LoRA': re.compile(r'^lora_controlnet$'),
   'Custom Diffusion': re.compile(r'_custom_diffusion\.'),
   'adapters of embeddings': re.compile(r'\.lora_embedding_'),
-  'adapters with biases': re.compile(r'\.lora_[AB](\.[^.]+)?\.bias$'),
-  'whole differences of weights': re.compile(r'\.(diff|diff_b|w_norm|b_norm)$'),
+  'differences of norms': re.compile(r'\.(w_norm|b_norm)$'),
 }
 
 Place = tuple[str, str]
@@ -292,12 +178,12 @@ def is_inversion(name: str) -> bool:
 
 
 def is_lora(name: str) -> bool:
-  """Return whether a tensor is one of a LoRA's matrices."""
-  return (split := _split(name)) is not None and split[1] in 'ab'
+  """Return whether a tensor is one of an adapter's matrices."""
+  return (split := _split(name)) is not None and '.' in split[1]
 
 
 def of_other_kinds(names: Iterable[str]) -> dict[str, list[str]]:
-  """Return the names that belong to adapters of other kinds than LoRA, by the kind."""
+  """Return the names that belong to adapters of kinds that are not implemented, by the kind."""
   found: dict[str, list[str]] = {}
   for name in names:
     kind = next((kind for kind, pattern in _OTHERS.items() if pattern.search(name)), None)
@@ -309,13 +195,13 @@ def of_other_kinds(names: Iterable[str]) -> dict[str, list[str]]:
 def places(
   names: Iterable[str], known: Mapping[str, Iterable[str]], path: Path
 ) -> tuple[dict[Place, dict[str, str]], list[str]]:
-  """({(role, layer): {'a', 'b', 'mid' or 'alpha': name}}, names of no part of these networks).
+  """({(role, layer): {part of `_PARTS`: name}}, names of no part of these networks).
 
   known: the layers of each network, by role. UserError: names without a network that fit several,
   or two for one part of one layer.
   """
   prefixed, bare = _tables(known)
-  split = {name: _split(name) for name in names}
+  split = {name: _underscored(_split(name), prefixed) for name in names}
   alone = [
     stem for stem, _ in filter(None, split.values())
     if stem not in prefixed and not _says_a_role(stem, known)
@@ -344,11 +230,20 @@ def places(
 
 def _split(name: str) -> tuple[str, str] | None:
   """(how it spells its layer, its part); None for what is no part of a LoRA."""
-  name = _ADAPTER.sub(r'.\1.weight', name)
+  name = _OF_LYCORIS.sub(r'.\1', _ADAPTER.sub(r'.\1.\2', name))
   ends = [end for end in _SHORTEST_FIRST if name.endswith(end)]
   if not ends:
     return None
   return name.removesuffix(ends[-1]).replace(_BARE, '', 1), _PARTS[ends[-1]]
+
+
+def _underscored(
+  split: tuple[str, str] | None, prefixed: Mapping[str, Place]
+) -> tuple[str, str] | None:
+  """The same with a kohya's name that has dots, wholly or in part, as `prefixed` has it."""
+  if split is None or split[0] in prefixed or not split[0].startswith(_OF_KOHYA):
+    return split
+  return split[0].replace('.', '_'), split[1]
 
 
 def _says_a_role(stem: str, known: Iterable[str]) -> bool:

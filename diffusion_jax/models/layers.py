@@ -47,7 +47,7 @@ class Conv(nnx.Module):
     x = x.astype(self.dtype)
     y = self.convolve(x, self.kernel[...])
     y = y if self.bias is None else add_bias(y, self.bias[...])
-    return y if self.lora is None else y + self.lora(x, self.convolve)
+    return y if self.lora is None else y + self.lora(x, self.convolve, self.kernel[...])
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [b h w i] with any kernel [k k i o] of this layer's window."""
@@ -103,7 +103,7 @@ class Linear(nnx.Module):
     narrow = self.matmul_precision == 'float8' and kernels.fits(x, kernel)
     y = kernels.product(x, kernel) if narrow else x @ kernel.astype(self.dtype)
     y = y if self.bias is None else add_bias(y, self.bias[...])
-    return y if self.lora is None else y + self.lora(x)
+    return y if self.lora is None else y + self.lora(x, jnp.matmul, kernel)
 
 
 def embed(count: int, features: int, init, *, compute: Compute = PLAIN, rngs) -> nnx.Embed:

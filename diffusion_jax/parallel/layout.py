@@ -32,6 +32,7 @@ RULES: list[tuple[str, PartitionSpec]] = [
   # Adapters are split along their long side alone; the rank stays whole.
   (r'lora\.a$', PartitionSpec('fsdp', None)),
   (r'lora\.b$', PartitionSpec(None, 'fsdp')),
+  (r'lora\.\w+$', PartitionSpec()),
 ]
 """Patterns of names of parameters; the first that is found counts."""
 

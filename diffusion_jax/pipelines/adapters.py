@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffusion_jax.formats.textual_inversion import (
   bundled_inversions,
   read_textual_inversion,
 )
-from diffusion_jax.models.lora import Rank, merge_lora
+from diffusion_jax.models.lora import merge_lora
 from diffusion_jax.models.text.tokenizer import Cut, Tokenize, load_tokenizer
 from diffusion_jax.pipelines.directory import read_model
 from diffusion_jax.pipelines.guides import (
@@ -34,24 +35,31 @@ from diffusion_jax.types import Weights
 
 
 def add_lora(model: Diffusion, weights: Weights, path: str, scale: float = 1.0) -> Weights:
-  """The weights with a LoRA merged into them, `scale` times its trained strength.
+  """The weights with a LoRA, or another adapter, merged into them, `scale` times its strength.
 
   Its words in the same file are added, too. UserError: no LoRA, or not one for this model.
   """
-  if not math.isfinite(scale):
-    raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
-  text, file = model.text.networks if model.text else {}, lora_file(resolve(path))
-  denoiser = denoiser_role(model.denoiser.config)
-  shapes = {denoiser: model.denoiser.shapes, **{role: n.shapes for role, n in text.items()}}
-  lora = read_lora(file, shapes, inversions=True)
+  return add_loras(model, weights, [(path, scale)])
+
+
+def add_loras(model: Diffusion, weights: Weights, files: Sequence[tuple[str, float]]) -> Weights:
+  """The same of several files, each with its scale, whose changes are of the weights without them.
+
+  So their order makes no difference beyond rounding, also of kinds that depend on the weights.
+  """
   out = dict(weights)
-  for name, layers in lora.items():
-    role = DENOISER if name == denoiser else name
-    sizes, params = to_params(layers)
-    sizes = {name: Rank(size.rank, scale * size.alpha) for name, size in sizes.items()}
-    out[role] = merge_lora({**weights[role], **params}, sizes)
-  for learned in bundled_inversions(file, _widths(model) if model.text else None):
-    out = _with_word(model, out, learned)
+  for path, scale in files:
+    if not math.isfinite(scale):
+      raise UserError(f'the scale of the LoRA {path} is {scale}; give a finite number.')
+    text, file = model.text.networks if model.text else {}, lora_file(resolve(path))
+    denoiser = denoiser_role(model.denoiser.config)
+    shapes = {denoiser: model.denoiser.shapes, **{role: n.shapes for role, n in text.items()}}
+    for name, layers in read_lora(file, shapes, inversions=True).items():
+      role = DENOISER if name == denoiser else name
+      sizes, params = to_params(layers)
+      out[role] = merge_lora({**out[role], **params}, sizes, scale, base=weights[role])
+    for learned in bundled_inversions(file, _widths(model) if model.text else None):
+      out = _with_word(model, out, learned)
   return out
 
 

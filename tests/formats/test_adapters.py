@@ -118,12 +118,13 @@ def test_all_that_does_not_fit_is_named_at_once(lora, tmp_path):
   tensors.pop('lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight')
   tensors['lora_unet_mid_block_attentions_0_to_q.lora_down.weight'] = np.zeros((3, 5), np.float32)
   tensors['lora_unet_mid_block_attentions_9_to_q.alpha'] = np.zeros((), np.float32)
-  tensors['lora_unet_mid_block_attentions_0_to_q.dora_scale'] = np.zeros(7, np.float32)
+  tensors['lora_unet_mid_block_attentions_1_to_q.ia3_l'] = np.zeros(7, np.float32)
   save_file(tensors, path)
   with pytest.raises(UserError) as error:
     read_lora(path, NETWORKS)
   for words in (
-    'lora_unet_mid_block_attentions_9_to_q.alpha', 'lora_unet_mid_block_attentions_0_to_q.dora',
+    'lora_unet_mid_block_attentions_9_to_q.alpha',
+    'lora_unet_mid_block_attentions_1_to_q.ia3_l',
     f'without its other matrix: text_encoder {FC}',
     'of a wrong shape: unet mid_block.attentions.0.to_q ([3, 5] and [7, 3] for a kernel [4, 7])',
   ):
@@ -201,12 +202,22 @@ DOWN, UP = 'lora_down.weight', 'lora_up.weight'
   ({DOWN: None, UP: None}, f'without its other matrix: {TO_Q}'),
   ({'lora_mid.weight': np.ones((3, 3), F32)}, f'{KEY}.lora_mid.weight of shape [3, 3] stands'),
   ({'lora_A.weight': np.ones((3, 4), F32)}, 'which are one part of one layer'),
-  ({'dora_scale': np.ones(7, F32)}, 'DoRA, which is not implemented'),
-  ({'lokr_w1': np.ones((7, 4), F32)}, 'LoKr, which is not implemented'),
-  ({'hada_w1_a': np.ones((7, 4), F32)}, 'LoHa, which is not implemented'),
-  ({'oft_blocks': np.ones((7, 4), F32)}, 'OFT, which is not implemented'),
-  ({'diff': np.ones((7, 4), F32)}, 'whole differences of weights, which is not implemented'),
-  ({'lora_B.bias': np.ones(7, F32)}, 'adapters with biases, which is not implemented'),
+  ({'dora_scale': np.ones(6, F32)}, f'{KEY}.dora_scale of shape [6] is no norm of each output of'),
+  ({'dora_scale': np.full(7, np.nan, F32)}, f'{KEY}.dora_scale has values that are not finite'),
+  ({'lokr_w1': np.ones((7, 4), F32)}, f'of several kinds (lokr and lora): {TO_Q}'),
+  ({DOWN: None, UP: None, 'lokr_w1': np.ones((7, 4), F32)},
+   f'without one of its two factors: {TO_Q}'),
+  ({DOWN: None, UP: None, 'lokr_w1': np.ones((7, 3), F32), 'lokr_w2': np.ones((1, 2), F32)},
+   f'of a wrong shape: {TO_Q} (w1 [7, 3], w2 [1, 2] for a kernel [4, 7])'),
+  ({DOWN: None, UP: None, 'hada_w1_a': np.ones((7, 4), F32)},
+   f'without w1_b, w2_a, w2_b: {TO_Q}'),
+  ({DOWN: None, UP: None, 'oft_blocks': np.ones((2, 4, 4), F32)}, f'of a wrong shape: {TO_Q}'),
+  ({DOWN: None, UP: None, 'oft_blocks': np.ones((1, 7, 1, 1), F32)}, 'BOFT'),
+  ({DOWN: None, UP: None, 'diff': np.ones((4, 7), F32)}, f'of a wrong shape: {TO_Q}'),
+  ({'diff_b': np.ones(7, F32)}, f'{KEY}.diff_b changes a bias that the layer does not have'),
+  ({'lora_B.bias': np.ones(7, F32)}, f'{KEY}.lora_B.bias changes a bias that the layer does not'),
+  ({'w_norm': np.ones(7, F32)}, 'differences of norms, which is not implemented'),
+  ({'lokr_t1': np.ones(7, F32)}, f'no part of a LoRA of the given networks: {KEY}.lokr_t1'),
   ({'other': np.ones(7, F32)}, f'no part of a LoRA of the given networks: {KEY}.other'),
 ])
 def test_what_would_make_black_pictures_or_nothing_is_refused_by_name(
@@ -242,9 +253,11 @@ def test_float8_is_read_as_it_is(lora, tmp_path):
   ({'alpha_pattern': ['fc1']}, 'alpha_pattern must be a table'),
   ({'r': 4}, 'gives .*fc1 the rank 4, but its matrices have 2'), ({'r': 0}, 'r is 0; it must be a'),
   ({'rank_pattern': {'fc1': 3}}, 'the rank 3'), ({'rank_pattern': {'x': -1}}, 'rank_pattern of x'),
-  ({'peft_type': 'LOHA'}, "peft_type='LOHA'"),
+  ({'peft_type': 'VERA'}, "peft_type='VERA'"),
+  ({'peft_type': 'LOHA'}, 'is of LOHA, not LORA'),
   ({'init_lora_weights': 'pissa_niter_4'}, 'changes the weights'),
-  ({'init_lora_weights': 'loftq'}, 'changes the weights'), ({'lora_bias': True}, 'lora_bias'),
+  ({'init_lora_weights': 'loftq'}, 'changes the weights'),
+  ({'lora_bias': True}, 'without the bias that'),
   ({'alora_invocation_tokens': [1]}, 'alora_invocation_tokens'),
   ({'alpha_pattern': {'(?=a)fc1': 3}}, 'is more than names'),
   ({'alpha_pattern': {'fc{1,9}': 3}}, 'is more than names'),
@@ -337,7 +350,7 @@ def test_mistakes(lora, tmp_path):
     read_lora(bare(tmp_path), NETWORKS)
   with pytest.raises(UserError, match=r'no part of a LoRA .* base_model\.model\.text_model'):
     read_lora(tmp_path, {'unet': NETWORKS['unet']})
-  with pytest.raises(UserError, match='use_dora is not implemented'):
+  with pytest.raises(UserError, match=r'without the vector that .* says'):
     read_lora(bare(tmp_path, use_dora=True), {'text_encoder': NETWORKS['text_encoder']})
   write_lora(tmp_path / 'x.safetensors', {'unet': lora['unet'], 'text_encoder': {}}, 'peft')
   with pytest.raises(UserError, match='no part of a LoRA'):

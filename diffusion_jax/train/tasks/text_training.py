@@ -6,7 +6,7 @@ that groups of learning rates, averages and checkpoints take them as any others.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class TextLoRAConfig(LoRAConfig):
   """targets: of all trained encoders together. Default: the attentions of CLIP and T5; 'fc1' and
   'fc2', or 'wi_0', 'wi_1' and 'wo', are their feed-forward layers."""
 
+  section: ClassVar[str] = 'text_lora'
   targets: Annotated[tuple[str, ...], Length(1, 1000)] = ATTENTIONS
 
 
@@ -178,7 +179,7 @@ class EncoderLoRA(_OfEncoder, LoRA):
   def layers(self, model):
     names = read_names(model.text, self.role)
     lora: TextLoRAConfig = self.config.text_lora
-    return dict.fromkeys(ending(sorted(layers_of(names)), lora.targets), lora.size)
+    return lora.sizes(ending(sorted(layers_of(names)), lora.targets))
 
 
 class Joint(Trainable):

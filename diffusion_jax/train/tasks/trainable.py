@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import check_folder
-from diffusion_jax.formats.adapters import LoRAs, denoiser_role, from_params, write_lora
+from diffusion_jax.formats.adapters import (
+  LoRAs,
+  denoiser_role,
+  fits_layout,
+  from_params,
+  write_lora,
+  write_peft,
+)
 from diffusion_jax.formats.networks import (
   Part,
   cast,
@@ -26,8 +33,9 @@ from diffusion_jax.formats.pipeline import save_changed
 from diffusion_jax.formats.textual_inversion import FILES, write_textual_inversion
 from diffusion_jax.formats.textual_inversion import TextualInversion as Learned
 from diffusion_jax.limits import Positive
+from diffusion_jax.models.adapters import Rank
 from diffusion_jax.models.controlnet import ControlNetConfig, from_unet
-from diffusion_jax.models.lora import Rank, is_lora, merge_lora, targets, with_lora
+from diffusion_jax.models.lora import is_lora, merge_lora, start_of, targets, with_lora
 from diffusion_jax.models.network import Network
 from diffusion_jax.parallel.mesh import put_params, shard_params, to_host
 from diffusion_jax.pipelines.adapters import read_controlnet
@@ -153,7 +161,7 @@ def widened(params: Params, shapes: Params, mesh: Mesh) -> Params:
 
 
 class LoRA(Trainable):
-  """LoRA on the denoiser; the result are adapters in the layouts of PEFT and kohya."""
+  """Adapters of the denoiser; the result are files in the layouts of PEFT and kohya."""
 
   section = 'lora'
 
@@ -173,6 +181,12 @@ class LoRA(Trainable):
 
   def initialize(self, key):
     return _adapters(super().initialize(key))
+
+  def start(self, frozen, mesh):
+    """The norms of the weights in full precision, for DoRA."""
+    if not any(size.dora for size in self.sizes.values()):
+      return super().start(frozen, mesh)
+    return put_params(to_host(start_of(self.part.load(), self.sizes)), mesh)
 
   def weights(self, params, frozen):
     return {**frozen, self.role: {**frozen[self.role], **params}}
@@ -196,9 +210,19 @@ class LoRA(Trainable):
 
 
 def write_adapters(directory: Path, lora: LoRAs, shapes: dict[str, Params]) -> None:
-  """Write the adapters in both layouts; shapes: of the networks' parameters, by role in files."""
-  write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
-  write_lora(directory / 'kohya.safetensors', lora, layout='kohya', networks=shapes)
+  """Write the adapters in all layouts that have names for them.
+
+  LoRA in `pytorch_lora_weights.safetensors` for diffusers, other kinds in a folder of PEFT for each
+  role, `peft/ROLE`; and `kohya.safetensors`. shapes: of the networks' parameters, by role in files.
+  """
+  if all(one.size.kind == 'lora' for weights in lora.values() for one in weights.values()):
+    write_lora(directory / 'pytorch_lora_weights.safetensors', lora, layout='peft')
+  else:
+    for role, weights in lora.items():
+      if weights and fits_layout(weights, 'peft'):
+        write_peft(directory / 'peft' / role, weights)
+  if all(fits_layout(weights, 'kohya') for weights in lora.values()):
+    write_lora(directory / 'kohya.safetensors', lora, layout='kohya', networks=shapes)
 
 
 def _adapters(params: Params) -> Params:
