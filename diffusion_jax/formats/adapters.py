@@ -15,7 +15,13 @@ import numpy as np
 
 from diffusion_jax.errors import UserError, require
 from diffusion_jax.files import inside
-from diffusion_jax.formats.adapter_config import BESIDE, METADATA, peft_config, read_configs
+from diffusion_jax.formats.adapter_config import (
+  BESIDE,
+  METADATA,
+  PEFT_TYPES,
+  peft_config,
+  read_configs,
+)
 from diffusion_jax.formats.adapter_layers import Joined, join, joined_layers, original_rows
 from diffusion_jax.formats.adapter_names import (
   KOHYA,
@@ -197,7 +203,7 @@ def write_lora(
 def write_peft(folder: str | os.PathLike, weights: Mapping[str, Weights]) -> None:
   """Write the folder of one network's adapters that PEFT reads; UserError for one that it lacks."""
   folder = Path(folder)
-  config = peft_config(weights)
+  config = {'peft_type': PEFT_TYPES['lora']} | peft_config(weights)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / f'{_OF_PEFT}.safetensors', _of_peft(weights, 'base_model.model.'), {})
   (folder / BESIDE).write_text(json.dumps(config, indent=2, sort_keys=True))

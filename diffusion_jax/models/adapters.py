@@ -160,7 +160,7 @@ def _lokr_start(kernel, size):
 
 
 def _lokr_delta(p, kernel, size):
-  """Two whole factors are not scaled: a trained one has its alpha for its rank."""
+  """W2 [o i] of a convolution may have its window [o i k k], or in its inputs [o (i k k)]."""
   w1 = p['w1'] if 'w1' in p else _product(p, '1')
   w2 = p['w2'] if 'w2' in p else _product(p, '2')
   shape = _shape(kernel, size)

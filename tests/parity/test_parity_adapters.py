@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from diffusion_jax.errors import UserError
+from diffusion_jax.formats.adapter_weights import AdapterWeights
 from diffusion_jax.formats.adapters import (
-  AdapterWeights,
   from_params,
   read_lora,
   to_params,
@@ -107,7 +107,7 @@ def test_what_lycoris_trains(name, inputs, tmp_path):
     one = getattr(getattr(modules, file), kind)(f'lycoris_{layer}', getattr(net, layer), **keys)
     randomize(one)
     one.apply_to()
-    state = getattr(one, 'custom_state_dict', one.state_dict)()
+    state = one.custom_state_dict() or one.state_dict()
     tensors |= {f'lycoris_{layer}.{key}': value for key, value in state.items()}
   tensors = {key: value.detach().clone().contiguous() for key, value in tensors.items()}
   save_file(tensors, tmp_path / 'x.safetensors')
@@ -177,11 +177,14 @@ def test_what_peft_trains_and_what_it_reads_of_ours(name, inputs, tmp_path):
   write_peft(tmp_path / 'ours', found)
   again = read_lora(tmp_path / 'ours', net)['unet']
   for layer, one in found.items():
-    assert again[layer].size == pytest.approx(one.size) if name != 'lokr' else True
+    assert name == 'lokr' or again[layer].size == one.size
     for part, value in one.parts.items():
       np.testing.assert_array_equal(again[layer].parts[part], value)
   opened = peft.PeftModel.from_pretrained(Net(), tmp_path / 'ours')
   assert_same(opened.merge_and_unload(), wanted, inputs)
+  if name != 'biases' and 'oft' not in name:
+    write_lora(tmp_path / 'x.safetensors', {'unet': found})
+    assert_same(merged(read_lora(tmp_path / 'x.safetensors', net)['unet']), wanted, inputs)
 
 
 @pytest.mark.parametrize('kind', ['lokr', 'loha', 'diag_oft', 'oft'])
@@ -189,7 +192,7 @@ def test_fresh_ones_open_in_their_libraries_and_reload_to_the_bit(kind, inputs, 
   peft = pytest.importorskip('peft')
   params, sizes = {}, {}
   for number, layer in enumerate(SHAPES):
-    size = Rank(2, 0.0 if 'oft' in kind else 3.0, kind, factor=2 if kind == 'lokr' else -1)
+    size = Rank(2, 0.0 if 'oft' in kind else 2.0, kind, factor=2 if kind == 'lokr' else -1)
     parts = new_parts(ours()[f'{layer}.kernel'].shape, size, jax.random.key(number))
     sizes[layer] = size
     params |= {f'{layer}.lora.{part}': value + 0.1 for part, value in parts.items()}
