@@ -220,7 +220,7 @@ def _has(name: str, family: str) -> bool:
 
 def _refuse(rest: list[str], where: str) -> None:
   of_models: Mapping[str, list[str]] = {
-    'a LoRA': [name for name in rest if is_lora(name)], **of_other_kinds(rest),
+    'a LoRA or another adapter': [name for name in rest if is_lora(name)], **of_other_kinds(rest),
     **{
       kind: [n for n in rest if pattern.search(n) and not _HEADS.search(n)]
       for kind, pattern in _MODELS.items()

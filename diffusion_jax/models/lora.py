@@ -39,7 +39,7 @@ class LoRAConfig:
   pattern of the end of their names and the value; the first that fits counts. rank_stabilized: the
   scale is alpha / sqrt(rank) (Kalajdzievski 2023). dora: learned norms of the weights (Liu et al.
   2024). factor: of LoKr, the smaller size of its factors, -1 for the nearest to each other. The
-  rank of oft and diag_oft is the size of their blocks; they have no alpha.
+  rank of oft and diag_oft is the size of their blocks; alpha has no effect on them.
   """
 
   section: ClassVar[str] = 'lora'
@@ -56,7 +56,6 @@ class LoRAConfig:
   def __post_init__(self):
     scaled = KINDS[self.kind].additive if self.kind in KINDS else True
     for wrong, key in (
-      (not scaled and self.alpha != type(self).alpha, 'alpha'),
       (not scaled and self.alphas, 'alphas'),
       (not scaled and self.rank_stabilized, 'rank_stabilized'), (not scaled and self.dora, 'dora'),
       (self.kind != 'lokr' and self.factor != -1, 'factor'),

@@ -115,7 +115,8 @@ def test_ranks_and_alphas_by_pattern():
 @pytest.mark.parametrize(('change', 'words'), [
   ({'kind': 'lora', 'factor': 4}, 'lora.factor has no effect on the kind lora'),
   ({'kind': 'oft', 'dora': True}, 'lora.dora has no effect on the kind oft'),
-  ({'kind': 'diag_oft', 'alpha': 2.0}, 'lora.alpha has no effect'), ({'kind': 'lorb'}, 'lora.kind'),
+  ({'kind': 'diag_oft', 'alphas': (('to_q', 2.0),)}, 'lora.alphas has no effect'),
+  ({'kind': 'lorb'}, 'lora.kind'),
   ({'kind': 'full'}, 'lora.kind'), ({'kind': 'lokr', 'factor': 0}, 'lora.factor is 0'),
 ])
 def test_settings_without_effect_are_refused(change, words):

@@ -173,6 +173,17 @@ def kohya(lora, rename=lambda role, layer: layer):
   return out
 
 
+def magnitudes(lora):
+  """DoRA of diffusers and PEFT, with the norms of each output."""
+  out = peft_names(lora)
+  for role, of in lora.items():
+    for layer, (_, b) in of.items():
+      norms = 1 + b.flatten(1).abs().sum(1)
+      norms = norms[None, :, None, None] if b.ndim == 4 else norms
+      out[f'{role}.{layer}.lora_magnitude_vector'] = norms
+  return out
+
+
 @functools.cache
 def block_numbers():
   """Layers of the U-Net -> their names in a single file."""
@@ -187,7 +198,9 @@ def numbered(lora):
   return kohya(lora, lambda role, layer: stored[layer] if role == 'unet' else layer)
 
 
-@pytest.mark.parametrize('spell', [peft_names, training_scripts, processors, kohya, numbered])
+@pytest.mark.parametrize('spell', [
+  peft_names, training_scripts, processors, kohya, numbered, magnitudes,
+])
 def test_each_layout_merges_as_in_diffusers(spell, lora, networks, tmp_path):
   tensors = spell(lora)
   save_file(tensors, tmp_path / 'x.safetensors')

@@ -163,7 +163,7 @@ def test_what_is_over_is_named_and_left(made, tmp_path, more):
 
 @pytest.mark.parametrize(('more', 'words'), [
   ('lora_unet_conv_in.lora_down.weight', 'holds a LoRA'),
-  ('unet.conv_in.lora_A.weight', 'holds a LoRA'), ('lora_unet_conv_in.lokr_w1', 'holds LoKr'),
+  ('unet.conv_in.lora_A.weight', 'holds a LoRA'), ('lora_unet_conv_in.lokr_w1', 'another adapter'),
   ('control_model.input_blocks.0.0.weight', 'holds a ControlNet'),
   ('noise_augmentor.data_mean', 'the parts of unCLIP'),
   ('text_encoders.t5xxl.transformer.shared.weight', 'the parts of a later model'),
