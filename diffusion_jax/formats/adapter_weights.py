@@ -16,7 +16,7 @@ from diffusion_jax.formats.adapter_layers import Joined, split
 from diffusion_jax.formats.adapter_names import TOWER, Place
 from diffusion_jax.formats.published import from_published_layout
 from diffusion_jax.formats.tensors import is_finite
-from diffusion_jax.models.adapters import BIAS, KINDS, MAGNITUDE, Rank, Rows, block_size
+from diffusion_jax.models.adapters import BIAS, KINDS, MAGNITUDE, WHOLE_BIAS, Rank, Rows, block_size
 
 PEFT_TERMS = 5
 """Terms of the series of PEFT's OFT where no config says how many."""
@@ -53,7 +53,7 @@ Weights = LoRAWeights | AdapterWeights
 
 def weights_of(parts: Mapping[str, np.ndarray], size: Rank) -> Weights:
   """Return the weights of these parts."""
-  plain = size == Rank(size.rank, size.alpha) and BIAS not in parts
+  plain = size == Rank(size.rank, size.alpha) and parts.keys() == {'a', 'b'}
   return LoRAWeights(parts['a'], parts['b'], size.alpha) if plain else AdapterWeights(parts, size)
 
 
@@ -103,9 +103,9 @@ def read_layer(
       norms = _array(tensors[part], names[part])
       parts[MAGNITUDE] = _norms(norms, part, names[part], layer)
       size = size._replace(dora=True)
-  for part in ('bias', 'diff_b'):
+  for part in (BIAS, WHOLE_BIAS):
     if part in tensors:
-      parts[BIAS] = _bias(_array(tensors[part], names[part]), part, names[part], layer, size)
+      parts[part] = _bias(_array(tensors[part], names[part]), names[part], layer)
   return _divided(weights_of(parts, size), layer)
 
 
@@ -127,6 +127,10 @@ def _size(
   kind: str, parts: Mapping[str, np.ndarray], tensors: Mapping[str, Any], names: Mapping[str, str],
   layer: Layer, config: AdapterConfig | None,
 ) -> Rank:
+  require(
+    'alpha' not in tensors or kind not in ('full', 'oft'),
+    f'with an alpha, which {kind} has no use for: {layer.where}',
+  )
   if kind == 'full':
     return Rank(1, 1.0, kind)
   if kind == 'oft':
@@ -161,7 +165,7 @@ def _divided(one: Weights, layer: Layer) -> dict[str, Weights]:
   total, start, out = sum(several.widths), 0, {}
   for name, width in zip(several.parts, several.widths, strict=True):
     parts = dict(one.parts)
-    for part in {MAGNITUDE, BIAS} & parts.keys():
+    for part in {MAGNITUDE, BIAS, WHOLE_BIAS} & parts.keys():
       value = np.roll(parts[part], total // 2, 0) if several.swapped else parts[part]
       parts[part] = value[start : start + width]
     rows = None if one.size.kind == 'oft' else Rows(total, start, several.swapped)
@@ -286,11 +290,11 @@ def _norms(norms: np.ndarray, part: str, name: str, layer: Layer) -> np.ndarray:
   return norms.reshape(o, 1, *ones)
 
 
-def _bias(bias: np.ndarray, part: str, name: str, layer: Layer, size: Rank) -> np.ndarray:
+def _bias(bias: np.ndarray, name: str, layer: Layer) -> np.ndarray:
   require(layer.biased, f'{name} changes a bias that the layer does not have: {layer.where}')
   good = bias.shape == (layer.kernel[-1],)
   require(good, f'{name} of shape {list(bias.shape)} is no bias of {layer.where}')
-  return bias if part == 'bias' or size.scale == 1 else bias / np.float32(size.scale)
+  return bias
 
 
 def _array(tensor: Any, name: str) -> np.ndarray:

@@ -46,7 +46,7 @@ from diffusion_jax.formats.published import some, to_published_layout
 from diffusion_jax.formats.tensors import PICKLES, open_tensors, write_tensors
 from diffusion_jax.formats.torch_files import load_plain, tensors_of
 from diffusion_jax.formats.transformer_names import Row
-from diffusion_jax.models.adapters import BIAS, MAGNITUDE, Rank
+from diffusion_jax.models.adapters import BIAS, MAGNITUDE, WHOLE_BIAS, Rank
 from diffusion_jax.models.lora import parts_of
 from diffusion_jax.models.unet import UNetConfig
 
@@ -245,9 +245,9 @@ def _of_lycoris(stem: str, one: Weights) -> dict[str, np.ndarray]:
     out[f'{stem}.lokr_w1'] = (w1.astype(np.float32) * np.float32(size.scale)).astype(w1.dtype)
   if MAGNITUDE in one.parts:
     out[f'{stem}.dora_scale'] = one.parts[MAGNITUDE]
-  if BIAS in one.parts:
-    require(size.kind == 'full', f"kohya's files have no biases of {size.kind}; write peft.")
-    out[f'{stem}.diff_b'] = one.parts[BIAS]
+  require(BIAS not in one.parts, "kohya's files have no scaled biases; write the layout peft.")
+  if WHOLE_BIAS in one.parts:
+    out[f'{stem}.diff_b'] = one.parts[WHOLE_BIAS]
   return out
 
 
@@ -255,6 +255,7 @@ def _of_peft(weights: Mapping[str, Weights], start: str) -> dict[str, np.ndarray
   tensors = {}
   for layer, one in weights.items():
     named = _named(one, PEFT, 'PEFT')
+    require(WHOLE_BIAS not in one.parts, 'PEFT has no whole biases; write the layout kohya.')
     if BIAS in one.parts:
       named['lora_B.bias'] = one.parts[BIAS]
     if MAGNITUDE in one.parts:

@@ -20,7 +20,9 @@ Parts = Mapping[str, Any]
 MAGNITUDE = 'magnitude'
 """The part of DoRA: the norms of W by outputs [o 1 ...], or by inputs [1 i ...]."""
 BIAS = 'bias'
-"""A part that changes the layer's bias [o], of files alone."""
+"""A part that changes the layer's bias [o], scaled as the weight; of files alone."""
+WHOLE_BIAS = 'diff_b'
+"""The same, as it is."""
 
 # As `kernel_init`, of weights whose inputs come last.
 _init = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform', in_axis=-1, out_axis=-2)

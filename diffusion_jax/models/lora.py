@@ -16,7 +16,16 @@ from flax import nnx
 
 from diffusion_jax.errors import require
 from diffusion_jax.limits import Length, OneOf, Range
-from diffusion_jax.models.adapters import BIAS, KINDS, MAGNITUDE, Rank, change, magnitude, new_parts
+from diffusion_jax.models.adapters import (
+  BIAS,
+  KINDS,
+  MAGNITUDE,
+  WHOLE_BIAS,
+  Rank,
+  change,
+  magnitude,
+  new_parts,
+)
 from diffusion_jax.models.config import Factor, Width
 from diffusion_jax.models.layers import Conv, Linear, kernel_init
 from diffusion_jax.models.name_patterns import NamePatterns
@@ -231,11 +240,12 @@ def merge_lora(
   base = out if base is None else base
   for name, parts in parts_of(params, sizes).items():
     kernel, size = out[f'{name}.kernel'], sizes[name]
-    bias = parts.pop(BIAS, None)
+    biases = [(size.scale, parts.pop(BIAS, None)), (1.0, parts.pop(WHOLE_BIAS, None))]
     delta = change(parts, base[f'{name}.kernel'], size, strength)
     out[f'{name}.kernel'] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
-    if bias is not None:
-      old = out[f'{name}.bias']
-      new = old.astype(jnp.float32) + strength * size.scale * jnp.asarray(bias, jnp.float32)
-      out[f'{name}.bias'] = new.astype(old.dtype)
+    for scale, bias in biases:
+      if bias is not None:
+        old = out[f'{name}.bias']
+        new = old.astype(jnp.float32) + strength * scale * bias.astype(jnp.float32)
+        out[f'{name}.bias'] = new.astype(old.dtype)
   return out

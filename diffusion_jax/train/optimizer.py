@@ -34,9 +34,9 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 def decay_mask(params: Params) -> Mask:
   """Return True for matrices and convolutions; norms, biases, single vectors and scales are spared.
 
-  So are tables of positions and of shifts and scales.
+  So are tables of positions and of shifts and scales, and the norms of DoRA.
   """
-  tables = ('pos_embed', 'scale_shift_table')
+  tables = ('pos_embed', 'scale_shift_table', 'lora.magnitude')
   return {name: leaf.ndim >= 2 and not name.endswith(tables) for name, leaf in params.items()}
 
 

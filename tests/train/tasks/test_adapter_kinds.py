@@ -9,6 +9,7 @@ from diffusion_jax.errors import UserError
 from diffusion_jax.pipelines.adapters import add_loras
 from diffusion_jax.pipelines.directory import load_model
 from diffusion_jax.recipe import load_config
+from diffusion_jax.train.optimizer import decay_mask
 from tests import tiny
 
 KINDS = {
@@ -43,6 +44,9 @@ def test_what_is_written_is_what_was_trained(kind, task, pipelines, tmp_path):
     changes |= {'settings.text_training': 'lora', 'settings.text_lora.kind': 'loha'}
   one, mesh = task(**changes)
   params = one.beginning(mesh, jax.random.key(0))
+  norms = {name for name in params if name.endswith('.magnitude')}
+  assert bool(norms) == (kind == 'lokr')
+  assert {name for name, decays in decay_mask(params).items() if not decays} == norms
   model, weights = load_model(str(pipelines / 'sd'))[:2]
   merge = lambda params: {role: found[1] for role, found in one.trainable.changed(params).items()}
   for role, found in merge(params).items():
