@@ -172,6 +172,10 @@ def peft_config(weights: Mapping[str, Any]) -> dict[str, Any]:
     f'PEFT has no adapters of the kinds {" and ".join(kinds)} in one; write kohya.',
   )
   kind = kinds[0]
+  require(
+    kind == 'lora' or not any(one.size.dora for one in ones.values()),
+    f'PEFT has no DoRA of the kind {kind}; write kohya.',
+  )
   out: dict[str, Any] = {'target_modules': sorted(ones)}
   if kind != 'lora':
     out['peft_type'] = PEFT_TYPES[kind]
@@ -208,11 +212,10 @@ def _peft_size(one: Any) -> tuple[int, float]:
 
 def _lokr_config(ones: Mapping[str, Any]) -> dict[str, Any]:
   """The factor, one for all layers, with which PEFT makes parts of these sizes."""
-  outputs = {_outputs(one.parts) for one in ones.values()}
-  candidates = (-1, *sorted({small for small, _ in outputs}))
-  factor = next(
-    (f for f in candidates if all(factors(a * b, f) == (a, b) for a, b in outputs)), None
-  )
+  sides = {side for one in ones.values() for side in _sides(one.parts)}
+  candidates = (-1, *sorted({size for pairs in sides for pair in pairs for size in pair}))
+  fits = lambda factor: all(any(_split(a * b, factor) == (a, b) for a, b in s) for s in sides)
+  factor = next(filter(fits, candidates), None)
   require(
     factor is not None, 'PEFT has one decompose_factor for all layers, but no factor gives the '
     "shapes of these; write kohya's files.",
@@ -221,11 +224,24 @@ def _lokr_config(ones: Mapping[str, Any]) -> dict[str, Any]:
   return {'decompose_factor': factor, 'decompose_both': both}
 
 
-def _outputs(parts: Mapping[str, Any]) -> tuple[int, int]:
-  """Outputs of the two factors of LoKr."""
-  first = parts['w1'] if 'w1' in parts else parts['w1_a']
-  second = parts['w2'] if 'w2' in parts else parts['w2_a']
-  return first.shape[0], second.shape[1 if 't2' in parts else 0]
+def _split(size: int, factor: int) -> tuple[int, int]:
+  """The factors of a size in PEFT, which are not sorted where the given one divides it."""
+  return (factor, size // factor) if factor > 0 and not size % factor else factors(size, factor)
+
+
+def _sides(parts: Mapping[str, Any]) -> tuple[tuple[tuple[int, int], ...], ...]:
+  """(pairs of the sizes that both factors of LoKr may have) of outputs and of inputs.
+
+  A matrix may have a window in its inputs, which it does not say.
+  """
+  first = parts['w1'].shape if 'w1' in parts else (len(parts['w1_a']), parts['w1_b'].shape[1])
+  if 'w2' in parts:
+    outputs, inputs = parts['w2'].shape[:2]
+  else:
+    outputs, inputs = parts['w2_a'].shape[1 if 't2' in parts else 0], parts['w2_b'].shape[1]
+  whole = 'w2' in parts or 't2' in parts
+  windows = [1] if whole else [k * k for k in range(1, 8) if inputs % (k * k) == 0]
+  return ((first[0], outputs),), tuple((first[1], inputs // window) for window in windows)
 
 
 def _oft_config(ones: Mapping[str, Any]) -> dict[str, Any]:

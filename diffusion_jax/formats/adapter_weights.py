@@ -196,7 +196,7 @@ def _lora(
 
 def _fit(good: bool, parts: Mapping[str, np.ndarray], layer: Layer) -> None:
   """Raise a UserError unless the parts, which it names with their shapes, are `good`."""
-  shapes = ', '.join(f'{part} {list(value.shape)}' for part, value in parts.items())
+  shapes = ', '.join(f'{part} {list(value.shape)}' for part, value in sorted(parts.items()))
   require(good, f'of a wrong shape: {layer.where} ({shapes} for a kernel {list(layer.kernel)})')
 
 

@@ -210,11 +210,13 @@ def write_peft(folder: str | os.PathLike, weights: Mapping[str, Weights]) -> Non
 
 
 def fits_layout(weights: Mapping[str, Weights], layout: str) -> bool:
-  """Return whether a layout has names for all these adapters."""
-  sizes = [one.size for one in weights.values()]
+  """Return whether a layout has names and sizes for all these adapters."""
   if layout == 'peft':
-    return all(size.kind in PEFT and (size.kind == 'lora' or not size.dora) for size in sizes)
-  return all(size.kind in LYCORIS for size in sizes)
+    try:
+      peft_config(weights)
+    except UserError:
+      return False
+  return all(one.size.kind in (PEFT if layout == 'peft' else LYCORIS) for one in weights.values())
 
 
 def _plain(weights: Mapping[str, Weights]) -> bool:

@@ -174,13 +174,12 @@ def kohya(lora, rename=lambda role, layer: layer):
 
 
 def magnitudes(lora):
-  """DoRA of diffusers and PEFT, with the norms of each output."""
+  """DoRA of diffusers and PEFT in the U-Net, with the norms of each output."""
   out = peft_names(lora)
-  for role, of in lora.items():
-    for layer, (_, b) in of.items():
-      norms = 1 + b.flatten(1).abs().sum(1)
-      norms = norms[None, :, None, None] if b.ndim == 4 else norms
-      out[f'{role}.{layer}.lora_magnitude_vector'] = norms
+  for layer, (_, b) in lora['unet'].items():
+    norms = 1 + b.flatten(1).abs().sum(1)
+    norms = norms[None, :, None, None] if b.ndim == 4 else norms
+    out[f'unet.{layer}.lora_magnitude_vector'] = norms
   return out
 
 
