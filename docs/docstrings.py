@@ -7,7 +7,7 @@ import re
 
 import griffe
 
-_SPECIAL = re.compile(r'(`[^`]+`)|([\\\[\]<>*_])')
+_SPECIAL = re.compile(r'(`[^`]+`)|([\\\[\]>*_])|<')
 _NAMED = re.compile(r'( +(?:[\w*]+(?:, )?)+: )?(.*)')
 SECTIONS = ('Args:', 'Returns:', 'Yields:', 'Raises:')
 
@@ -35,7 +35,8 @@ def _argument(line: str) -> str:
 
 
 def _escaped(text: str) -> str:
-  return _SPECIAL.sub(lambda found: found[1] or f'\\{found[2]}', text)
+  # Markdown knows no backslash before this one.
+  return _SPECIAL.sub(lambda found: found[1] or (f'\\{found[2]}' if found[2] else '&lt;'), text)
 
 
 class Escaped(griffe.Extension):

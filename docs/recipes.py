@@ -23,7 +23,7 @@ This page is written by `python docs/recipes.py`.
 """
 FOLDERS = {
   'finetune': (
-    'Public weights', 'What each begins with and holds: [finetuning.md](finetuning.md).'
+    'Public weights', 'What each begins with and holds: [Start from public weights](finetuning.md).'
   ),
   'notes': (
     'Systems of the literature, small',
@@ -31,7 +31,7 @@ FOLDERS = {
   ),
   'openclipart': (
     'Drawings of your own',
-    'A folder of drawings, from `prepare` to scores: [pictures.md](pictures.md).'
+    'A folder of drawings, from `prepare` to scores: [Your own pictures](pictures.md).'
   ),
   'openmoji': (
     'Text to image on OpenMoji', 'The models in the package, and others on the same data.'
