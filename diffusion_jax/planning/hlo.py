@@ -53,10 +53,12 @@ def cycles_of(program: Program) -> tuple[collections.Counter, collections.Counte
 
 
 def kernels_of(program: Program) -> list[Kernel]:
-  """Return programs within the program that its compiler did not make."""
+  """Return programs within the program that its compiler did not make: ours, and libraries'."""
   found = []
   for _, line, times in program.lines():
-    if match := _KERNEL.search(line):
+    match = _KERNEL.search(line)
+    # Others are the compiler's own, such as for memory.
+    if match and (match[1] == TPU_KERNEL or match[1].startswith('__')):
       name = re.match(r'\s*(?:ROOT )?%?([\w.-]+?)(?:\.\d+)* = ', line)
       name = name[1] if match[1] == TPU_KERNEL and name else match[1]
       shapes = re.search(r'operand_layout_constraints=\{(.*?\})\}', line)

@@ -73,6 +73,18 @@ def test_state_on_many_devices_is_as_large_as_planned(tmp_path):
   assert planned['mesh'] == {'data': 2, 'fsdp': 2} and 'all-gather' in planned['collectives']
 
 
+@pytest.mark.skipif(
+  not plugin_versions('cuda'), reason="no compiler of GPUs: pip install 'jax[cuda13]'"
+)
+@pytest.mark.parametrize('target', ['h100:8x4', 'a100:8'])
+def test_gpus_that_are_not_here(target, tmp_path):
+  plan = make_plan(_toy(loop={'batch_size': 256}), Target.of(target), tmp_path)
+  assert not plan.error and plan.target.name.upper() in plan.facts['device']
+  assert plan.facts['devices'] == plan.facts['mesh']['data'] == plan.target.count
+  assert plan.facts['collectives'].keys() == {'all-reduce'} and not plan.facts['kernels']
+  assert plan.estimate.basis == BOUND and 0 < plan.estimate.mfu <= 1
+
+
 def test_a_published_model_needs_no_weights():
   """A recipe that names an architecture and no model is planned from the configs of its parts."""
   config = untyped(parse(load_config('finetune/lora')))
@@ -215,6 +227,7 @@ TPU = """HloModule jit_step
 ENTRY %main (p: bf16[2]) -> bf16[8] {
   %s = bf16[8]{0} fusion(%p), kind=kCustom, calls=%start.1, metadata={op_name="jit(f)/jvp(UNet)/down.0/conv_in/dot"}, backend_config={"estimated_cycles":"7"}
   %d = bf16[8]{0} fusion(%s), kind=kCustom, calls=%done.1
+  %m.1 = bf16[8]{0} custom-call(), custom_call_target="AllocateBuffer"
   %splash_mha_dkv_no.1 = bf16[2,2,256,128]{3,2,1,0} custom-call(%d), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, bf16[2,2,256,128]{3,2,1,0}, bf16[2,2,512,128]{3,2,1,0}}
   ROOT %w = (s32[], bf16[8]) while(%t), condition=%region_1.cond, body=%body
 }
