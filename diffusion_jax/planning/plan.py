@@ -48,8 +48,11 @@ class Plan:
 
   @property
   def bytes(self) -> int:
-    """Memory of one device: state, batch and temporaries, as `train` says it."""
-    return self.facts['step']['bytes']
+    """Memory of one device: state, batch and temporaries, as `train` says it, or what the program
+    says where that is more."""
+    f = self.facts
+    program = f['arguments'] + f['outputs'] - f['aliased'] + f['step']['temporary'] + f['code']
+    return max(f['step']['bytes'], program)
 
   def as_json(self, price: float | None = None) -> dict[str, Any]:
     """Return all that is known, with money at a price of a chip's hour."""

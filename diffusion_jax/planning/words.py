@@ -34,10 +34,12 @@ def _needs(plan: Plan) -> Iterator[str]:
   free = ''
   if chip:
     free = f'; {size(chip.memory - plan.bytes)} of {size(chip.memory)} are free'
+  more = plan.bytes - step['bytes']
+  rest = f' + padding, results and code {size(more)}' if more else ''
   yield (
     f'memory of a device: {size(plan.bytes)} = state {size(step["state"])}, of which '
     f'optimizer {size(step["optimizer"])}, + batch {size(step["batch"])} + temporary '
-    f'{size(step["temporary"])}{free}'
+    f'{size(step["temporary"])}{rest}{free}'
   )
   by_program = f', {step["flops"] / TERA:,.3g} as XLA counts the program' if step['flops'] else ''
   least = 'at least ' * bool(f['uncounted'])
@@ -115,6 +117,8 @@ def page_row(plan: Plan, price: float | None = None) -> Row:
   """Return one plan for `viz.plan`."""
   e, chip, step = plan.estimate, plan.target.chip, plan.facts.get('step', {})
   memory = {name: step[name] / GIGA for name in ('state', 'batch', 'temporary') if step}
+  if step and plan.bytes > step['bytes']:
+    memory['padding, results and code'] = (plan.bytes - step['bytes']) / GIGA
   times = {}
   if e and e.basis == COMPILER:
     times = {

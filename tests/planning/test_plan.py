@@ -173,6 +173,7 @@ FACTS = {
   'target': 'v5e:2x2', 'devices': 4, 'device': 'TPU v5 lite', 'mesh': {'data': 4}, 'programs': 1,
   'batch_size': 32, 'steps': 9000, 'accumulation_steps': 1, 'dtype': 'bfloat16', 'remat': 'none',
   'attention': [], 'model_flops': 19.7e12, 'uncounted': [], 'arguments': 1e9, 'outputs': 1e9,
+  'aliased': 1e9, 'code': 0,
   'accessed': 0.0, 'cycles': 300_000_000, 'cycles_by_source': {'down': 3}, 'collectives': {
     'all-reduce': {'count': 2, 'bytes': 40e9, 'overlapping_bytes': 20e9},
   }, 'kernels': {'splash_mha_fwd': {'calls': 1, 'flops': 9.85e12}}, 'step': {
@@ -196,6 +197,9 @@ def test_times_by_hand():
   plan = planning.Plan(Target.of('v5e:2x2'), FACTS)
   lines = '\n'.join([*plan_lines(plan, 2.0), *table([plan], [2.0])])
   assert '14.9 GB of 16.9 GB are free' in lines and 'step: about 350 ms' in lines
+  # Layouts of TPUs fill arrays up, and the program lies in the same memory.
+  padded = planning.Plan(Target.of('v5e:2x2'), FACTS | {'arguments': 1.2e9, 'code': 1e8})
+  assert padded.bytes == 2.3e9 and 'padding, results and code 0.3 GB' in plan_lines(padded)[1]
   row = page_row(plan)
   assert row.limit == pytest.approx(15.75 * 2**30 / 1e9) and sum(row.times.values()) == (
     pytest.approx(350)
