@@ -27,7 +27,8 @@ _NOT_IMPLEMENTED = (
   'use_qalora', 'use_bdlora', 'arrow_config', 'kasa_config',
   'monteclora_config', 'alora_invocation_tokens', 'layer_replication', 'coft',
 )
-_MORE_PARTS = {'use_dora': 'vector', 'lora_bias': 'bias'}
+EXTRAS = {'use_dora': 'vector', 'lora_bias': 'bias'}
+"""Keys -> the part that each layer then has, see `formats.adapter_names`."""
 # Others change the weights that the adapter is added to before it is trained, or may.
 _STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica')
 
@@ -46,8 +47,8 @@ class AdapterConfig:
   """Of OFT's series; 0: its rotations are exact."""
   kind: str | None = None
   """In PEFT; None: not said."""
-  parts: tuple[str, ...] = ()
-  """Those that each layer must have beside its kind's, see `formats.adapter_names`."""
+  extras: tuple[str, ...] = ()
+  """Keys of EXTRAS that it sets."""
 
   def alpha_of(self, names: Iterable[str], rank: int | None) -> float:
     """Return the alpha of a layer by its possible names; UserError for another rank.
@@ -119,7 +120,7 @@ def _config(values: Mapping[str, Any], where: str) -> AdapterConfig:
     _patterns(values, 'alpha_pattern', where), _patterns(values, 'rank_pattern', where, whole=True),
     bool(values.get('use_rslora')), _terms(values, where) if kind == 'OFT' else 0,
     kind if 'peft_type' in values else None,
-    tuple(part for key, part in _MORE_PARTS.items() if values.get(key)),
+    tuple(key for key in EXTRAS if values.get(key)),
   )
 
 

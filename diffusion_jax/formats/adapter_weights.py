@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_jax.errors import require
-from diffusion_jax.formats.adapter_config import PEFT_TYPES, AdapterConfig, check_alpha
+from diffusion_jax.formats.adapter_config import EXTRAS, PEFT_TYPES, AdapterConfig, check_alpha
 from diffusion_jax.formats.adapter_layers import Joined, split
 from diffusion_jax.formats.adapter_names import TOWER, Place
 from diffusion_jax.formats.published import from_published_layout
@@ -117,9 +117,9 @@ def _check_config(
   require(
     config.kind in (None, own), f'{config.where} is of {config.kind}, not {own}: {layer.where}'
   )
-  missing = [part for part in config.parts if part not in tensors]
+  missing = [key for key in config.extras if EXTRAS[key] not in tensors]
   require(
-    not missing, f'without the {" and ".join(missing)} that {config.where} says: {layer.where}'
+    not missing, f'without the tensors of {" and ".join(missing)} in {config.where}: {layer.where}'
   )
 
 

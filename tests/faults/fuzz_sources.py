@@ -4,6 +4,7 @@ import itertools
 import shutil
 
 from tests.faults import fuzz_targets, mutants
+from tests.faults.fuzz_adapters import lora
 from tests.faults.fuzz_targets import Target, every, picture
 
 COUNT = 24
@@ -53,5 +54,8 @@ def arrow():
   return _source('arrow', {'data-00000.arrow': [mutants.any_bytes]}, 80)
 
 
-GROUPS = {**fuzz_targets.GROUPS, 'sources': [records, tar, parquet, arrow]}
+GROUPS = {
+  **fuzz_targets.GROUPS, 'weights': [lora, *fuzz_targets.GROUPS['weights']],
+  'sources': [records, tar, parquet, arrow],
+}
 """Of all targets, each for a process of its own."""

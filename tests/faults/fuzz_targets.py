@@ -280,24 +280,6 @@ def report():
                 {**RUN_FILES, 'metrics.jsonl': [mutants.text_lines]}, 16)
 
 
-def lora():
-  from diffusion_jax.formats.adapters import LoRAWeights, read_lora, write_lora
-
-  shapes = {'mid.to_q.kernel': np.zeros((4, 6)), 'mid.conv.kernel': np.zeros((3, 3, 4, 4))}
-
-  def make(folder):
-    rng = np.random.default_rng(0)
-    dense = LoRAWeights(rng.normal(size=(4, 2)), rng.normal(size=(2, 6)), 2.0)
-    conv = LoRAWeights(rng.normal(size=(3, 3, 4, 2)), rng.normal(size=(1, 1, 2, 4)), 2.0)
-    weights = {'unet': {'mid.to_q': dense, 'mid.conv': conv}}
-    write_lora(folder / 'x.safetensors', weights)
-
-  return Target(
-    'lora', make, lambda folder: read_lora(folder / 'x.safetensors', {'unet': shapes}),
-    {'x.safetensors': [mutants.safetensors]}, 200,
-  )
-
-
 def words():
   from diffusion_jax.formats.tensors import write_tensors
   from diffusion_jax.formats.textual_inversion import read_textual_inversion
@@ -497,6 +479,6 @@ GROUPS = {
   'arrays': [safetensors, shards, statistics, image_batch, tar],
   'pictures': [png, jpeg, other_pictures, captions_jsonl, captions_csv, captions_txt, table],
   'runs': [prepared, run_directory, report],
-  'weights': [lora, words, torch_state, torch_statistics],
+  'weights': [words, torch_state, torch_statistics],
   'configs': [scheduler, pipeline, unet, autoencoder, clip_text, single_file, transformers],
 }
