@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from diffusion_jax import __version__
 from diffusion_jax.cli import (
   classify,
+  compare,
   configs,
   convert,
   demo,
@@ -23,12 +24,12 @@ from diffusion_jax.cli.interrupts import say_interrupted
 from diffusion_jax.errors import Diverged, UserError
 
 COMMANDS = {
-  'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'prepare': prepare,
-  'convert': convert, 'classify': classify, 'search': search, 'configs': configs,
-  'demo': demo, 'plan': plan,
+  'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'compare': compare,
+  'prepare': prepare, 'convert': convert, 'classify': classify,
+  'search': search, 'configs': configs, 'demo': demo, 'plan': plan,
 }
 
-CHANGE_CONFIGS = ('train', 'prepare', 'plan')
+CHANGE_CONFIGS = ('train', 'compare', 'prepare', 'plan')
 """Commands that take --config.KEY=VALUE."""
 
 

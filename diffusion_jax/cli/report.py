@@ -15,8 +15,9 @@ trains and how good it is, pictures of all steps, curves, scores, speed, config 
 self-contained page.
 
 With --compare it writes comparison.html instead: two runs side by side, with the settings that
-differ. With --serve it writes nothing, and shows the page at http://127.0.0.1:6007, to this machine
-alone, where it follows a run that goes on, or has yet to begin.
+differ; the command compare tells whether a difference is more than chance. With --serve it writes
+nothing, and shows the page at http://127.0.0.1:6007, to this machine alone, where it follows a run
+that goes on, or has yet to begin.
 
 examples:
   python -m diffusion_jax report --workdir runs/quickstart
@@ -65,7 +66,7 @@ def _compare(options: Options) -> Path:
   from diffusion_jax.files import atomic_write
   from diffusion_jax.viz.compare import comparison_page
 
-  text = comparison_page(Path(options.workdir), Path(options.compare))
+  text = comparison_page([Path(options.workdir), Path(options.compare)])
   path = Path(options.workdir) / 'comparison.html'
   with atomic_write(path) as file:
     file.write(text.encode(errors='replace'))

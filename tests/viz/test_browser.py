@@ -63,7 +63,7 @@ def pages(tmp_path_factory):
   first, second = a_run(folder / 'a'), a_run(folder / 'b', 80)
   found = {name: folder / f'{name}.html' for name in ('compare', 'scores', 'sweep', 'search')}
   found['report'] = write_report(first)
-  found['compare'].write_text(comparison_page(first, second))
+  found['compare'].write_text(comparison_page([first, second]))
   cloud = SimpleNamespace(
     reference=RNG.normal(size=(60, 2)), samples=RNG.normal(size=(40, 2)),
     reference_fraction=[0.2, 0.1], samples_fraction=[0.2, 0.1],

@@ -62,7 +62,7 @@ def test_runs_of_one_name_are_told_apart_and_damage_does_not_matter(tmp_path):
     (second / f'{name}.json').write_text(json.dumps(value))
   with (second / 'metrics.jsonl').open('a') as file:
     file.write('{"kind": "tr')
-  page = comparison_page(first, second)
+  page = comparison_page([first, second])
   assert 'run (1) beside run (2)' in page and '–' in page
   with pytest.raises(UserError, match='gone'):
-    comparison_page(first, tmp_path / 'gone')
+    comparison_page([first, tmp_path / 'gone'])
