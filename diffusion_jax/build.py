@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from diffusion_jax.backend.xla import use_deterministic
 from diffusion_jax.checkpoint.saving import is_storage_error, reason
 from diffusion_jax.config import TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.buckets import buckets_in_words
@@ -230,6 +231,7 @@ def build(
   loop, kind, directory = config.loop, load(TASKS, config.task), RunDirectory(workdir)
   check_wandb(loop.wandb_project)
   directory.check_config(untyped(config), completed)
+  use_deterministic(config.deterministic)
   mesh = make_mesh(config.mesh)
   _check_devices(config, mesh)
   kind.check(config)
@@ -284,6 +286,7 @@ def build_shapes(config: dict, devices: Sequence) -> Training:
   in `Task.frozen`, are shapes. UserError: a fault of the config, or of the frozen parts' configs.
   """
   config = parse(config)
+  use_deterministic(config.deterministic)
   kind, mesh = load(TASKS, config.task), make_mesh(config.mesh, devices)
   _check_devices(config, mesh)
   kind.check(config)

@@ -408,7 +408,8 @@ class TrainingConfig:
   dtype: of the computation; parameters are float32. remat: activations that the backward pass
   computes again. attention: of the trained network; frozen ones choose for themselves. products: of
   dense layers, where the loss is one of latents. weights_from: workdir of a run of the same
-  network, whose last weights start this one; '' for none.
+  network, whose last weights start this one; '' for none. deterministic: on GPUs the step gives
+  the same bits each time, slower; on other chips it always does.
   """
 
   task: Annotated[str, OneOf(TASKS)]
@@ -423,6 +424,7 @@ class TrainingConfig:
   attention: Annotated[str, OneOf('diffusion_jax.models.network:ATTENTION')] = 'auto'
   products: Annotated[str, OneOf('diffusion_jax.models.network:MATMUL_PRECISION')] = 'plain'
   weights_from: str = ''
+  deterministic: bool = False
 
 
 def parse(values: Mapping[str, Any]) -> TrainingConfig:

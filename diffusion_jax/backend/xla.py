@@ -43,6 +43,19 @@ OPTIONS: dict[str, tuple[dict[str, str], ...]] = {
 """Compiler options by platform. They come and go with versions of XLA, so those of each entry are
 tried before they are used."""
 
+DETERMINISTIC: dict[str, dict[str, bool]] = {
+  # Without kernels that add in any order, and without timing kernels against each other to choose.
+  'gpu': {'xla_gpu_deterministic_ops': True},
+}
+"""Options by platform with which a program gives the same bits each time; others always do."""
+_is_deterministic = False
+
+
+def use_deterministic(on: bool) -> None:
+  """Compile programs of `jit` from now on with the options of `DETERMINISTIC`, or without."""
+  global _is_deterministic
+  _is_deterministic = on
+
 
 def enable_compile_cache() -> None:
   """Keep compiled programs in $JAX_COMPILATION_CACHE_DIR, else ~/.cache/diffusion_jax/compiled."""
@@ -91,9 +104,15 @@ def _chip(platform: str, kind: str) -> Chip:
   return Chip('gpu', next((able for names, able in GPUS if re.search(names, kind)), None))
 
 
-@functools.cache
-def options(platform: str) -> dict[str, str] | None:
+def options(platform: str) -> dict[str, str | bool] | None:
   """Return compiler options for programs of that platform that run often, or are large."""
+  # An unknown one of these is an error: it is asked for, and must not be left out in silence.
+  asked = DETERMINISTIC.get(platform, {}) if _is_deterministic else {}
+  return {**_known_options(platform), **asked} or None
+
+
+@functools.cache
+def _known_options(platform: str) -> dict[str, str]:
   known: dict[str, str] = {}
   for some in OPTIONS.get(platform, ()):
     try:
@@ -102,7 +121,7 @@ def options(platform: str) -> dict[str, str] | None:
     except (RuntimeError, jax.errors.JaxRuntimeError):
       continue
     known.update(some)
-  return known or None
+  return known
 
 
 def jit(function: Callable, **how) -> Callable:

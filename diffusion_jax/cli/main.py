@@ -19,13 +19,14 @@ from diffusion_jax.cli import (
   sample,
   search,
   train,
+  verify,
 )
 from diffusion_jax.cli.interrupts import say_interrupted
 from diffusion_jax.errors import Diverged, UserError
 
 COMMANDS = {
   'train': train, 'sample': sample, 'evaluate': evaluate, 'report': report, 'compare': compare,
-  'prepare': prepare, 'convert': convert, 'classify': classify,
+  'verify': verify, 'prepare': prepare, 'convert': convert, 'classify': classify,
   'search': search, 'configs': configs, 'demo': demo, 'plan': plan,
 }
 

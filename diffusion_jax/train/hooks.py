@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diffusion_jax.checkpoint.digests import digests
 from diffusion_jax.config import LoopConfig
 from diffusion_jax.errors import UserError
 from diffusion_jax.evaluation.evaluator import (
@@ -24,6 +25,7 @@ from diffusion_jax.evaluation.evaluator import (
 from diffusion_jax.files import set_aside_damaged
 from diffusion_jax.runs.directory import RunDirectory, versions
 from diffusion_jax.runs.metrics import MetricsWriter
+from diffusion_jax.runs.run_card import CARD, DIGESTS, PARAMS, add_digests, begin, digest_of, finish
 from diffusion_jax.runs.trained_on import write_trained_on
 from diffusion_jax.train.card import model_card
 from diffusion_jax.train.health import BestEffort
@@ -102,6 +104,7 @@ class Hooks:
     self.t, self._writer, self._frozen, self._side = training, writer, frozen, side
     self._main = jax.process_index() == 0
     self._next_report = 0.0
+    self._digests: list[dict[str, Any]] = []
     self._metrics = MetricsFile(training.directory.metrics)
     self._count = SampleCount(training.directory, training.loop, self._write_json)
 
@@ -109,11 +112,27 @@ class Hooks:
     """Write what the run is before anything can go wrong in it."""
     if self._main:
       directory = self.t.directory
-      for name in ('versions.json', 'scores.json', 'step.json', SAMPLE_COUNT):
+      for name in ('versions.json', 'scores.json', 'step.json', SAMPLE_COUNT, CARD):
         set_aside_damaged(directory.path / name, self._side.say)
       self._write_json('config.json', self.t.config)
       self._write_json('versions.json', versions())
+      self._write(CARD, partial(begin, directory, self.t.config, int(state.step)))
       self._write('README.md', lambda: self._write_card('README.md', state, seconds, {}))
+
+  def digest(self, step: int, values: dict[str, str]) -> None:
+    """Record digests of a step."""
+    if self._main:
+      self._digests.append({'step': step, **values})
+      self._write(DIGESTS, self._write_digests)
+
+  def _write_digests(self) -> None:
+    if self._digests:  # Also those that a full disk has not taken before.
+      add_digests(self.t.directory, self._digests)
+      self._digests = []
+
+  def digest_params(self, state: TrainState, step: int) -> None:
+    """Record the digest of the parameters; all processes must call it together."""
+    self.digest(step, {PARAMS: digest_of(digests(state.params))})
 
   def _write(self, name: str, work: Callable[[], None]) -> None:
     self._side(name, work, keep=True)
@@ -210,6 +229,7 @@ class Hooks:
       self.t.task.export(directory.model, params, scores)
       if self.t.trained_on:
         write_trained_on(directory.model, self.t.trained_on)
+      self._write(CARD, partial(finish, directory, self.t.config, int(state.step)))
       for name in ('README.md', 'model/README.md'):
         self._write(name, partial(self._write_card, name, state, seconds, scores))
 

@@ -17,6 +17,7 @@ from diffusion_jax.parallel.mesh import put_batch, put_params, to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
 from diffusion_jax.runs.directory import command_line
 from diffusion_jax.runs.metrics import MetricsWriter
+from diffusion_jax.runs.run_card import window_digests
 from diffusion_jax.runs.start import Start
 from diffusion_jax.train.card import parameter_table
 from diffusion_jax.train.compile import (
@@ -266,6 +267,7 @@ class _Loop:
   def _write(self, step: int, totals: dict, speed: dict[str, float]) -> None:
     """Write a line of metrics. Diverged where they say that the run has been given up."""
     self._report_programs()
+    self.hooks.digest(step, window_digests(jax.device_get(totals)))
     values = self.meter.read(totals)
     given_up = values.pop('given_up')
     rates = {name: float(rate(step - 1)) for name, rate in self.t.learning_rates.items()}
@@ -326,6 +328,7 @@ class _Loop:
       self._log()
     with self.goodput.phase('checkpoint'):
       self.saver.save_run(self.step, self.state, self.meter.totals, self.goodput.totals())
+      self.hooks.digest_params(self.state, self.step)
     self.safety.report('training')
 
   def _rescue(self, error: Exception) -> None:

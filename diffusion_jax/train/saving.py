@@ -40,19 +40,22 @@ class Restored(NamedTuple):
 class Saver(Checkpoints):
   """The checkpoints of a run, with its positions in data and metrics."""
 
-  def __init__(self, training: Training, say: Callable[[str], None]):
+  def __init__(self, training: Training, say: Callable[[str], None], read_only: bool = False):
     loop = training.loop
     best = loop.keep_best_is or (best_is(loop.keep_best) if loop.keep_best else LOWEST)
     super().__init__(
       training.directory.checkpoints,
       Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best, best),
-      retry_seconds=training.safety.checkpoint_retry_seconds, say=say,
+      retry_seconds=training.safety.checkpoint_retry_seconds, say=say, read_only=read_only,
     )
     self.loader, self._ask_every = training.loader, loop.log_every_steps
 
-  def restore_run(self, abstract: TrainState) -> Restored | None:
-    """The newest intact state, the loader set after it; UserError: damage, or another model."""
-    found = self.restore(_as_parts(abstract))
+  def restore_run(self, abstract: TrainState, step: int | None = None) -> Restored | None:
+    """The state of a step, None: the newest intact one, the loader set after it.
+
+    UserError: damage, or another model.
+    """
+    found = self.restore(_as_parts(abstract), step)
     if found is None:
       return None
     step, parts, extra = found

@@ -118,9 +118,9 @@ def test_a_program_without_a_mesh_is_for_the_devices_of_its_arguments(monkeypatc
 @pytest.fixture
 def forget():
   """Options are looked up anew, before and after."""
-  xla.options.cache_clear()
+  xla._known_options.cache_clear()
   yield
-  xla.options.cache_clear()
+  xla._known_options.cache_clear()
 
 
 def test_known_options_are_used_and_unknown_ones_left_out(forget, monkeypatch):
@@ -131,6 +131,21 @@ def test_known_options_are_used_and_unknown_ones_left_out(forget, monkeypatch):
   assert add(1) == 2
   # A program within another has the options of that one.
   assert jax.jit(lambda x: 2 * add(x))(1) == 4 and xla.jit(add)(1) == 2
+
+
+def test_deterministic_programs_have_their_options_and_no_unknown_one(monkeypatch):
+  """XLA knows the options of GPUs on every platform, so that those of it are tried here."""
+  plain = xla.options('gpu')
+  monkeypatch.setitem(xla.DETERMINISTIC, 'cpu', xla.DETERMINISTIC['gpu'])
+  xla.use_deterministic(True)
+  try:
+    assert xla.options('gpu') == xla.DETERMINISTIC['gpu'] and plain is None
+    assert xla.jit(lambda x: x + 1)(1) == 2
+    monkeypatch.setitem(xla.DETERMINISTIC, 'cpu', {'xla_gpu_no_such_option': True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match='xla_gpu_no_such_option'):
+      xla.jit(lambda x: x + 2)(1)
+  finally:
+    xla.use_deterministic(False)
 
 
 def test_a_separate_part_computes_the_same():

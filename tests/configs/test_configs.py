@@ -187,5 +187,5 @@ def test_the_base_has_every_section():
   assert all(base(task).task == task for task in TASKS)
   assert set(base('clip').keys()) == {
     'data', 'optimizer', 'loop', 'safety', 'mesh', 'dtype', 'remat', 'attention',
-    'products', 'weights_from', 'task',
+    'products', 'weights_from', 'deterministic', 'task',
   }

@@ -140,7 +140,7 @@ CONTENTS = [
   b'{"updated": 1e308, "goodput": {"step": 1e999, "x": -1}, "step": 1.5, "total_steps": true}',
 ]
 SHOWN = ('status.json', 'scores.json', 'versions.json', 'step.json', 'evaluation.json',
-         'checkpoints/scores.json')
+         'checkpoints/scores.json', 'run_card.json')
 """Of a toy, whose points have no data.json."""
 
 
