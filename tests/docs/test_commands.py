@@ -44,7 +44,8 @@ READER = {
 PLACES = {'FILE', 'DIR', 'PATH', 'FILE[:SCALE]', 'FILE.json', 'FILE.html'}
 """How options that name a file show their value."""
 WRITTEN = {
-  'out', 'save_statistics', 'json', 'cache', 'train.workdir', 'convert.target', 'configs.to'
+  'out', 'save_statistics', 'json', 'cache', 'train.workdir', 'compare.workdir',
+  'convert.target', 'configs.to'
 }
 """Options that name what is written, some of one command alone."""
 SYSTEMS = {f'runs/notes/{name}' for name in systems.ALL}
