@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from diffusion_jax.backend.xla import use_deterministic
 from diffusion_jax.checkpoint.saving import is_storage_error, reason
-from diffusion_jax.config import TrainingConfig, completed, parse, untyped
+from diffusion_jax.config import DECIDING, TrainingConfig, completed, parse, untyped
 from diffusion_jax.data.buckets import buckets_in_words
 from diffusion_jax.data.loader import LikeLoader, Loader
 from diffusion_jax.data.mixture import Mixture
@@ -115,20 +115,24 @@ def _loader(config: TrainingConfig, task: Task, env: Env, rows: np.ndarray | Non
   return loader
 
 
-def added_evaluators(config: TrainingConfig, env: Env) -> list[Evaluator]:
+def added_evaluators(config: TrainingConfig, task: Task, env: Env) -> list[Evaluator]:
   """Return the evaluators that a config adds to those of its task."""
   return build_parts(
     EVALUATORS, config.loop.evaluators, 'loop.evaluators', train=env.train, test=env.test,
     mesh=env.mesh, sample=getattr(config.settings, 'sample', None),
+    objective=getattr(config.settings, 'objective', None), base=begun_with(config, task),
   )
 
 
-def _wanted(config: TrainingConfig, found: list[Evaluator]) -> list[Evaluator]:
+def _wanted(
+  config: TrainingConfig, own: Sequence[Evaluator], added: Sequence[Evaluator]
+) -> list[Evaluator]:
   """The evaluators in use, with their networks loaded.
 
-  UserError where that fails, or none gives the metric that checkpoints are kept by.
+  Without loop.evaluate_samples only those score that the config adds. UserError where loading
+  fails, or none gives the metric that checkpoints are kept or the run is ended by.
   """
-  loop = config.loop
+  loop, found = config.loop, [*own, *added]
   scoring = [one for one in found if one.when == EVALUATE]
   if loop.evaluate_seconds and not any(hasattr(one, 'seconds') for one in scoring):
     raise UserError(
@@ -136,17 +140,22 @@ def _wanted(config: TrainingConfig, found: list[Evaluator]) -> list[Evaluator]:
       f'{config.task} makes none; set it to 0 and choose loop.evaluate_samples.'
     )
   if not loop.evaluate_samples:
-    return [one for one in found if one not in scoring]
-  if loop.keep_best and not loop.keep_best_is:
-    best_is(loop.keep_best)
-  wanted = [with_options(one, samples=loop.evaluate_samples) for one in scoring]
+    found = [one for one in found if one.when != EVALUATE or one in added]
+    scoring = [one for one in scoring if one in added]
+  deciding = {key: name for key in DECIDING if (name := getattr(loop, key))}
+  for key, name in deciding.items():
+    if not getattr(loop, f'{key}_is'):
+      best_is(name, key)
+  sized = {'samples': loop.evaluate_samples} if loop.evaluate_samples else {}
+  wanted = [with_options(one, **sized) for one in scoring]
   known = [name for one in wanted for name in getattr(one, 'metrics', ())]
   known = known if all(hasattr(one, 'metrics') for one in wanted) else []
-  if loop.keep_best and known and loop.keep_best not in known:
-    raise UserError(
-      f'loop.keep_best is {loop.keep_best!r}, which settings.evaluation does not measure; it '
-      f'measures {", ".join(known)}.'
-    )
+  for key, name in deciding.items():
+    if known and name not in known:
+      raise UserError(
+        f'loop.{key} is {name!r}, which settings.evaluation does not measure; it measures '
+        f'{", ".join(known)}.'
+      )
   return found
 
 
@@ -247,7 +256,7 @@ def build(
   env = Env(train, test, directory.path, mesh, synthetic, damage)
   env = env if report is None else dataclasses.replace(env, report=report)
   task = kind.build(config, env)
-  evaluators = _wanted(config, [*task.evaluators(mesh), *added_evaluators(config, env)])
+  evaluators = _wanted(config, task.evaluators(mesh), added_evaluators(config, task, env))
   if more := task.more_data(config, env):
     hashes |= {name: fingerprint(source) for name, source in more.items()}
     check_data(directory, hashes)

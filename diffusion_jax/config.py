@@ -298,12 +298,17 @@ class OptimizerConfig:
     return make(self, schedule, mask, **self.options)
 
 
+DECIDING = ('keep_best', 'stop_when')
+"""Keys of `loop` that name a metric of the evaluation, whose KEY_is says which way is better."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
   """batch_size is global, over all devices and accumulation_steps. An interval of 0 means never.
 
   ema_halflife_images: images after which an old weight counts half in the average; 0 for none.
-  evaluate_samples: images that are sampled or read for one evaluation; 0 for no scores at all.
+  evaluate_samples: images that are sampled or read for one evaluation; 0 for no scores but those of
+  `evaluators`.
   evaluate_seconds: that sampling them may take, 0 for no limit; the first evaluation finds out how
   many samples that allows, and all later ones are of so many (`train.hooks`).
   evaluators: beside those of the task, names of `EVALUATORS` or (name, arguments) pairs; the data's
@@ -311,6 +316,8 @@ class LoopConfig:
   Kept are the last keep_checkpoints, those of every keep_every_steps, and the one that evaluates
   best by the metric keep_best ('' for none): the lowest or highest, as keep_best_is says, or, where
   that is '', as the metric does.
+  A run ends early once stop_patience evaluations in a row were no better by more than stop_margin
+  than the best by the metric stop_when ('' for never), whose best is as stop_when_is says.
   profile_first_step, profile_steps: the window that is traced into WORKDIR/profile; a SIGUSR1
   traces as many steps from then on. wandb_project: log to Weights & Biases too; '' for no.
   """
@@ -326,6 +333,10 @@ class LoopConfig:
   keep_every_steps: Count = 0
   keep_best: str = ''
   keep_best_is: Literal['', 'lowest', 'highest'] = ''
+  stop_when: str = ''
+  stop_when_is: Literal['', 'lowest', 'highest'] = ''
+  stop_patience: Positive = 3
+  stop_margin: Annotated[float, Range(0)] = 0.0
   sample_every_steps: int = 500
   evaluate_every_steps: int = 0
   evaluate_samples: Count = 256
@@ -336,16 +347,17 @@ class LoopConfig:
   wandb_project: str = ''
 
   def __post_init__(self):
-    if self.evaluate_every_steps and not self.evaluate_samples:
+    if self.evaluate_every_steps and not (self.evaluate_samples or self.evaluators):
       raise UserError(
         'loop.evaluate_samples is 0; give a number of samples, or 0 with evaluate_every_steps 0 '
         'for no scores.'
       )
-    if self.keep_best and not self.evaluate_every_steps:
-      raise UserError(
-        f'loop.keep_best is {self.keep_best!r}, but nothing is evaluated; set '
-        'loop.evaluate_every_steps, or leave keep_best empty.'
-      )
+    for key in DECIDING:
+      if getattr(self, key) and not self.evaluate_every_steps:
+        raise UserError(
+          f'loop.{key} is {getattr(self, key)!r}, but nothing is evaluated; set '
+          f'loop.evaluate_every_steps, or leave {key} empty.'
+        )
     if self.batch_size % self.accumulation_steps:
       raise UserError(
         f'loop.batch_size {self.batch_size} cannot be split into {self.accumulation_steps} equal '

@@ -221,6 +221,7 @@ EVALUATORS = Table('evaluator', {
   'classification_preview': 'diffusion_jax.evaluation.recognition:ClassificationPreview',
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
   'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
+  'held_out_loss': 'diffusion_jax.evaluation.held_out:HeldOutLoss',
   'elbo': 'diffusion_jax.evaluation.elbo:Elbo',
   'pixel_likelihood': 'diffusion_jax.evaluation.pixel_likelihood:PixelLikelihood',
   'span_corruption': 'diffusion_jax.evaluation.spans:SpanCorruption',

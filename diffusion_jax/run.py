@@ -66,7 +66,8 @@ class TrainedRun:
   @property
   def added_evaluators(self) -> list[Evaluator]:
     """Return what its config adds to the evaluators of its task."""
-    return added_evaluators(self.config, Env(*self.sources, self.directory.path, self.mesh))
+    env = Env(*self.sources, self.directory.path, self.mesh)
+    return added_evaluators(self.config, self.task, env)
 
   @property
   def sample(self) -> SampleConfig:

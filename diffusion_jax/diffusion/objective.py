@@ -241,8 +241,28 @@ class Objective:
     if config.times == 'importance':
       t, factor = by_importance(u, importance(history))
       return self.noise.at_timestep(t), factor
-    t = QUANTILES[config.times](u, **config.times_options)
-    return (self.noise.at_ratio if config.times == 'log_normal' else self.noise.at)(t), 1.0
+    return self.levels_at(u), 1.0
+
+  def levels_at(self, u: jax.Array) -> Level:
+    """Return the levels at quantiles u [n] of the times; of importance, of uniform ones."""
+    config = self.config
+    t = QUANTILES.get(config.times, QUANTILES['uniform'])(u, **config.times_options)
+    return (self.noise.at_ratio if config.times == 'log_normal' else self.noise.at)(t)
+
+  def losses_at(
+    self, network: Network, x0: Latents, eps: Latents, u: jax.Array
+  ) -> PerExample:
+    """The error of the prediction [b] with this noise at quantiles u [b] of the times.
+
+    Weighted as the loss is; of a bound or a sliced loss it is the simple one. Nothing is random.
+    """
+    level = self.levels_at(u)
+    x = losses.add_noise(x0, eps, level.alpha, level.sigma)
+    output = self.parameterization.predict(network, x, level.alpha, level.sigma, level.label)
+    return losses.weighted_loss(
+      self.parameterization, output, x0, eps, level.alpha, level.sigma, self.weighting,
+      error=self._error(level),
+    )
 
   def losses(
     self, network: Network, x0: Latents, key: jax.Array, history: LossHistory | None = None

@@ -85,6 +85,7 @@ class Points(Cached):
   baselines: bool = True
   name = 'points'
   when = EVALUATE
+  metrics = ('energy_distance',)
 
   def run(self, model, params: Weights, key: jax.Array) -> Iterator[tuple[str, Value]]:
     for name, weights in with_untrained(model, params, self.baselines):

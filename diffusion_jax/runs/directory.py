@@ -22,7 +22,8 @@ PACKAGES = (
 
 MAY_CHANGE = ('loop.total_steps', 'loop.log_every_steps', 'loop.checkpoint_every_steps',
               'loop.sample_every_steps', 'loop.evaluate_every_steps', 'loop.evaluate_samples',
-              'loop.evaluate_seconds', 'loop.keep_', 'loop.profile_', 'loop.wandb_project',
+              'loop.evaluate_seconds', 'loop.keep_', 'loop.stop_', 'loop.profile_',
+              'loop.wandb_project',
               'data.data_dir', 'data.prepare', 'data.workers', 'data.most_unreadable',
               'data.most_buckets', 'mesh.', 'safety.', 'remat', 'attention')
 """Keys that a resumed run may change; any other would make it another run."""

@@ -108,6 +108,11 @@ class Hooks:
     self._metrics = MetricsFile(training.directory.metrics)
     self._count = SampleCount(training.directory, training.loop, self._write_json)
 
+  @property
+  def scoring(self) -> bool:
+    """True if anything is scored."""
+    return any(one.when == EVALUATE for one in self.t.evaluators)
+
   def describe(self, state: TrainState, seconds: float) -> None:
     """Write what the run is before anything can go wrong in it."""
     if self._main:
@@ -176,18 +181,19 @@ class Hooks:
 
   def _evaluate(self, state: TrainState, step: int, final: bool) -> tuple[Scores, dict[str, float]]:
     count = self._count
+    samples = {'samples': count.wanted} if count.wanted else {}
     scores = scores_of(self._run(
-      EVALUATE, state, samples=count.wanted, seconds=count.seconds, baselines=final
+      EVALUATE, state, **samples, seconds=count.seconds, baselines=final
     ))
     if not scores:
       return {}, {}
     scores = stating(scores, step, (self.t.measured.sentence, *self.t.provenance))
     metrics, taken = dict(next(iter(scores.values()))), count.wanted
-    if count.seconds:
+    if count.seconds and count.wanted:
       taken = scores['settings']['samples']
       if (text := count.record(taken)) and self._main:
         self._side.say(text)
-    metrics['samples'] = taken
+    metrics |= {'samples': taken} if taken else {}
     self._writer.write('evaluation', step, metrics)
     return scores, metrics if taken == count.wanted else {}
 
@@ -224,7 +230,7 @@ class Hooks:
     """Export the model with its scores; `params` are on the host. May be repeated on OSError."""
     if self._main:
       directory = self.t.directory
-      if scores or not self.t.loop.evaluate_samples:  # Else they failed: older ones stay.
+      if scores or not self.scoring:  # Else they failed: older ones stay.
         directory.write_json('scores.json', scores)
       self.t.task.export(directory.model, params, scores)
       if self.t.trained_on:

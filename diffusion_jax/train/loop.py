@@ -80,6 +80,7 @@ class _Loop:
     self.pending: tuple | None = None  # A window of metrics that is closed and not written yet.
     self.data_before: dict[str, Any] | None = None  # Where the data stood before a step under way.
     self.last: dict[str, Any] = {}
+    self.ended = ''  # Why the run ends before its last step.
     self.compilations, self.recompilations = Compilations(), 0
     self.profiler = ProfilerWindow(
       training.directory.path / 'profile', loop.profile_first_step, loop.profile_steps
@@ -222,11 +223,13 @@ class _Loop:
       try:
         self.safety.training = True
         if self.resumed:
-          self._run_hooks(*self.hooks.missing(self.step))
+          preview, evaluate = self.hooks.missing(self.step)
+          self._run_hooks(preview, evaluate or self.saver.lacks_score(self.step))
+          self.ended = self.saver.ends_at(self.step)
         self.safety.stop.barrier()  # Compiling may have taken long.
         self._compile_ahead()
         self.safety.report('training')
-        while self.step < loop.total_steps:
+        while self.step < loop.total_steps and not self.ended:
           self.safety.check()
           # The first line compiles small things of its own.
           before, counts = self.compilations.count, bool(self.last)
@@ -318,6 +321,8 @@ class _Loop:
     scores, comparable = self.hooks.evaluate(self.state, self.step, final=final)
     if comparable:
       self.saver.scores(self.step, comparable)
+    if not final:
+      self.ended = self.saver.ends_at(self.step)
     return scores
 
   def _save(self) -> None:
@@ -370,12 +375,14 @@ class _Loop:
 
   def _finish(self) -> int:
     """Sample, score and export the last state; done again if it was cut off."""
+    if self.ended and self.show:
+      self.bar.write(self.ended)
     self._report_programs()
     self._save()
     self.safety.report('finishing')
     with self.goodput.phase('evaluation'):
       self.hooks.preview(self.state, self.step)
-      scores = self._evaluate(final=True) if self.t.loop.evaluate_samples else {}
+      scores = self._evaluate(final=True) if self.hooks.scoring else {}
     params = to_host(self.state.eval_params)
     missing = wait_for_room(
       self.safety, self.saver, save=self._save, say=say,
@@ -386,7 +393,8 @@ class _Loop:
       self.safety.report('unsaved', message=missing, retry=may_pass(missing))
       say(f'the run has not finished: {missing}')
     else:
-      self.safety.report('finished', message='; '.join(self.side.errors))
+      said = filter(None, (self.ended, *self.side.errors))
+      self.safety.report('finished', message='; '.join(said))
     self.hooks.report(last=True)
     if missing:
       return TRY_AGAIN if may_pass(missing) else 1

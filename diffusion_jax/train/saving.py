@@ -13,7 +13,8 @@ from clu.metrics import Average
 
 from diffusion_jax.checkpoint.checkpoints import Checkpoints, Keep
 from diffusion_jax.checkpoint.saving import is_storage_error, may_pass, reason
-from diffusion_jax.evaluation.metrics.metric import LOWEST, best_is
+from diffusion_jax.evaluation.metrics.metric import HIGHEST, LOWEST, best_is
+from diffusion_jax.evaluation.patience import course
 from diffusion_jax.files import reading
 from diffusion_jax.parallel.mesh import to_host
 from diffusion_jax.parallel.processes import A_DAY, agree
@@ -48,7 +49,7 @@ class Saver(Checkpoints):
       Keep(loop.keep_checkpoints, loop.keep_every_steps, loop.keep_best, best),
       retry_seconds=training.safety.checkpoint_retry_seconds, say=say, read_only=read_only,
     )
-    self.loader, self._ask_every = training.loader, loop.log_every_steps
+    self.loader, self._loop, self._ask_every = training.loader, loop, loop.log_every_steps
 
   def restore_run(self, abstract: TrainState, step: int | None = None) -> Restored | None:
     """The state of a step, None: the newest intact one, the loader set after it.
@@ -87,6 +88,35 @@ class Saver(Checkpoints):
       },
       'goodput': goodput,
     })
+
+  def lacks_score(self, step: int) -> bool:
+    """True where an evaluation of this step would have been noted that decides on the run's end."""
+    every = self._loop.evaluate_every_steps
+    return bool(self._loop.stop_when and step % every == 0 and step not in self._deciding(step))
+
+  def _deciding(self, step: int) -> dict[int, float]:
+    """Return the values of loop.stop_when up to a step: those that a run without a break has."""
+    every, values = self._loop.evaluate_every_steps, self._scores.of(self._loop.stop_when)
+    return {at: value for at, value in values.items() if at <= step and at % every == 0}
+
+  def ends_at(self, step: int) -> str:
+    """Say why the run ends at this step, before its last, by loop.stop_when; '' if it goes on.
+
+    It follows from the noted evaluations alone, so that a resume decides alike.
+    """
+    loop = self._loop
+    if not loop.stop_when:
+      return ''
+    highest = (loop.stop_when_is or best_is(loop.stop_when, 'stop_when')) == HIGHEST
+    values = self._deciding(step)
+    found, text = course(values, highest, loop.stop_margin), ''
+    if found and found.since >= loop.stop_patience:
+      text = (
+        f'stopped at step {step:,} of {loop.total_steps:,}: {loop.stop_when} was best at step '
+        f'{found.best:,} ({values[found.best]:.4g}), and no better in {found.since} evaluations '
+        'since'
+      )
+    return agree('stop_when', text)[0]
 
   def retry_is_due(self, step: int) -> bool:
     """Say whether a save has failed and it is time to try again; the same on every process."""

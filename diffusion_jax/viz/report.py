@@ -15,7 +15,7 @@ from diffusion_jax.config import typed
 from diffusion_jax.diffusion.noise import NoiseConfig, NoiseSchedule
 from diffusion_jax.errors import UserError
 from diffusion_jax.files import atomic_write, bounded_bytes, parse_json
-from diffusion_jax.viz import page
+from diffusion_jax.viz import learning, page
 from diffusion_jax.viz.charts import Point, line_chart, schedule_charts, spread, timestep_chart
 from diffusion_jax.viz.page import Figure
 from diffusion_jax.viz.run_files import MOST_METRICS, Curve, MetricsFile, Run, is_number, read_run
@@ -76,7 +76,7 @@ def report_page(run: Run, live: bool = False) -> str:
   """Return the page of a run; live: it is served, and asks for news."""
   about = (page.LIVE if live else '') + header(run) + page.figures(_good(run)) + progress(run)
   after = ''.join([
-    _scores(run),
+    _scores(run), learning.section(run),
     page.section('loss', 'Loss', 'Faint: as logged. Strong: average of neighbouring points.',
                  _charts(run, lambda key: key.startswith('loss'))),
     page.section('metrics', 'Other metrics', '', _charts(run, _is_other)),
@@ -89,7 +89,7 @@ def report_page(run: Run, live: bool = False) -> str:
       'All settings', page.settings_table(run.config))),
     page.section('versions', 'Versions', '', run.versions and
                  f'<div class="card">{page.settings_table(run.versions)}</div>'),
-    _footer(run),
+    learning.recommended(run), _footer(run),
   ])
   title = f'{name_of(run)} · {run.name}'
   frame = len(page.page(title, page.first_screen(about, '') + after).encode())

@@ -200,6 +200,9 @@ OF_EVALUATORS = (
   Value('bits_per_dim_decoder', 'of these, of the levels of pixels: L_0'),
   Value('bits_per_dim_flow', 'Bits per dimension of pixels, probability flow', LOWER),
   Value('energy_distance', 'Energy distance to the test points', LOWER),
+  Value('held_out_gap', 'How much lower the loss is on pictures trained on', LOWER),
+  Value('held_out_loss', 'Loss on held-out pictures', LOWER),
+  Value('held_out_loss_{n}_of_{k}', 'of these, at noise levels {n} of {k}, cleanest first', LOWER),
   Value('latent_bits_per_dim_continuous', 'Bits per dimension of latents, continuous bound', LOWER),
   Value('latent_bits_per_dim_flow', 'Bits per dimension of latents, probability flow', LOWER),
   Value('image_bits_per_dim_bound', 'Bits per dimension of images, bound', LOWER),
@@ -207,6 +210,7 @@ OF_EVALUATORS = (
   Value('images', 'Number of images'),
   Value('latent_mean', 'Mean of the latents'),
   Value('latent_std', 'Deviation of the latents'),
+  Value('seen_loss', 'The same loss on pictures trained on', LOWER),
   Value('retrieval_r1_of_{n}', 'Own caption ranked first of {n:,}', HIGHER),
   Value('retrieval_r{k}_of_{n}', 'Own caption among the first {k} of {n:,}', HIGHER),
 )
@@ -233,12 +237,12 @@ def _values(metrics: tuple[str, ...]) -> list[Value]:
 LOWEST, HIGHEST = 'lowest', 'highest'
 
 
-def best_is(name: str) -> str:
-  """Return 'lowest' or 'highest'. UserError for a metric that does not say it."""
+def best_is(name: str, key: str = 'keep_best') -> str:
+  """Return 'lowest' or 'highest'. UserError, naming the key of `loop`, where that is not known."""
   known = value_of(name)
   if known is None or not known[0].better:
     raise UserError(
-      f'which way {name} is better is not known; set loop.keep_best_is to {LOWEST} or {HIGHEST}.'
+      f'which way {name} is better is not known; set loop.{key}_is to {LOWEST} or {HIGHEST}.'
     )
   return LOWEST if known[0].better == LOWER else HIGHEST
 
