@@ -40,7 +40,8 @@ def _run(task, batch, *, steps=1, mesh=None, accumulation=1, repeat=False, optim
   """(state, metrics of each step) from a fresh state; with `repeat` the first step runs twice."""
   mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
   shapes = jax.eval_shape(task.initialize, jax.random.key(0))
-  optimizer = make_optimizer(OptimizerConfig(optimizer, learning_rate=1e-2), shapes, 10, 'cpu')
+  rate = 1.0 if optimizer == 'prodigy' else 1e-2
+  optimizer = make_optimizer(OptimizerConfig(optimizer, learning_rate=rate), shapes, 10, 'cpu')
   abstract = abstract_state(task, optimizer, True, mesh)
   update = make_step(
     task, optimizer, abstract, batch_size=BATCH, ema_halflife_images=100.0,
