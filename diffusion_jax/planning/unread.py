@@ -66,7 +66,7 @@ def write_configs(name: str, folder: Path, whole: bool = False) -> None:
     save_tokenizer(words, folder / tokenizer_role(role))
     index[tokenizer_role(role)] = ['transformers', 'Tokenizer']
   flow = {'_class_name': 'FlowMatchEulerDiscreteScheduler', 'shift': a.noise.shift}
-  if a.noise.process == 'flow':
+  if a.prediction == 'flow_prediction':
     write_json(folder / 'scheduler' / SCHEDULER, flow)
   else:
     export_scheduler(folder, scheduler_of(model, SampleConfig()))

@@ -8,6 +8,7 @@ import pytest
 
 from diffusion_jax.build import build, build_shapes
 from diffusion_jax.config import parse, untyped
+from diffusion_jax.formats.pipeline import read_pipeline
 from diffusion_jax.parallel.collectives import Program
 from diffusion_jax.parallel.mesh import put_batch, put_params
 from diffusion_jax.planning import plan as planning
@@ -16,7 +17,7 @@ from diffusion_jax.planning.estimate import BOUND, COMPILER, estimate
 from diffusion_jax.planning.hlo import cycles_of, kernels_of
 from diffusion_jax.planning.plan import fingerprint, make_plan
 from diffusion_jax.planning.targets import Target, plugin_versions, sentence
-from diffusion_jax.planning.unread import with_model
+from diffusion_jax.planning.unread import with_model, write_configs
 from diffusion_jax.planning.words import page_row, plan_lines, table
 from diffusion_jax.recipe import load_config
 from diffusion_jax.train.compile import abstract_arguments, compile_step, held
@@ -95,6 +96,12 @@ def test_a_published_model_needs_no_weights():
   assert sizes['denoiser'] == 859_520_964 and sizes['text_encoder'] == 123_060_480
   assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(t.task.frozen))
   assert t.loader.spec()['image'].shape == (config['loop']['batch_size'], 512, 512, 3)
+
+
+def test_a_published_model_of_flows_needs_no_weights(tmp_path):
+  write_configs('sd35_medium', tmp_path)
+  found = read_pipeline(tmp_path).scheduler()
+  assert (found.prediction, found.schedule.shift) == ('flow_prediction', 3.0)
 
 
 @needs_libtpu
