@@ -1,4 +1,4 @@
-"""Processes of `python -m diffusion_jax` that are forked from one that has imported all of it.
+"""Processes of `python -m MODULE` that are forked from one that has imported diffusion_jax.
 
 Importing takes a third of the time of a process that trains tiny networks, and tests start dozens.
 What is forked has no thread, no device and no state of a run yet. Neighbours come from servers of
@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -53,7 +54,7 @@ class Server:
 class Forked(subprocess.Popen):
   """A process of a server, as if it had been started here, with its output in pipes."""
 
-  def __init__(self, server: Server, arguments: list[str], env: dict[str, str]):
+  def __init__(self, server: Server, module: str, arguments: list[str], env: dict[str, str]):
     self.args, self.stdin, self.returncode = arguments, None, None
     self._server, self._child_created, self._communication_started = server, True, False
     self._input, self._waitpid_lock, self._sigint_wait_secs = None, threading.Lock(), 0.25
@@ -61,7 +62,8 @@ class Forked(subprocess.Popen):
     pipes = os.pipe(), os.pipe()
     self.stdout, self.stderr = (open(reading, encoding='utf-8') for reading, _ in pipes)
     try:
-      self.pid = server.ask({'arguments': arguments, 'env': env}, tuple(w for _, w in pipes))
+      request = {'module': module, 'arguments': arguments, 'env': env}
+      self.pid = server.ask(request, tuple(w for _, w in pipes))
     finally:
       for _, writing in pipes:
         os.close(writing)
@@ -92,20 +94,20 @@ def server(number: int) -> Server:
   return Server()
 
 
-def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen | None:
-  """`python -u -m diffusion_jax ...`; None where the environment has to be there from the start."""
+def start(module: str, arguments: list[str], env: dict[str, str]) -> subprocess.Popen | None:
+  """`python -u -m MODULE ...`; None where the environment has to be there from the start."""
   one = server(int(env.get('PROCESS_INDEX', 0)) % 2)
-  return Forked(one, arguments, env) if early(env) == one.environment else None
+  return Forked(one, module, arguments, env) if early(env) == one.environment else None
 
 
-def serve(descriptor: int) -> bool:
-  """Answer until the other end is closed; True in a process that was forked."""
+def serve(descriptor: int) -> str:
+  """Answer until the other end is closed; the module to run in a process that was forked."""
   with socket.socket(fileno=descriptor) as pipe:
     pipe.set_inheritable(False)
     while True:
       request, descriptors, *_ = socket.recv_fds(pipe, LARGEST, 2)
       if not request:
-        return False
+        return ''
       request = json.loads(request)
       if 'ended' in request:
         process, status = os.waitpid(request['ended'], os.WNOHANG)
@@ -124,19 +126,17 @@ def serve(descriptor: int) -> bool:
     setattr(sys, name, io.TextIOWrapper(raw, encoding='utf-8', write_through=True))
   os.environ.clear()
   os.environ.update(request['env'])
-  sys.argv = [str(ROOT / 'diffusion_jax' / '__main__.py'), *request['arguments']]
-  return True
+  sys.argv = [request['module'], *request['arguments']]
+  return request['module']
 
 
 if __name__ == '__main__':
-  from diffusion_jax.__main__ import start as start_command
-
-  for module in ('build', 'cli.main', 'cli.train', 'train.loop'):
+  for module in ('__main__', 'build', 'cli.main', 'cli.train', 'train.loop'):
     importlib.import_module(f'diffusion_jax.{module}')
 
   assert threading.active_count() == 1
   signal.signal(signal.SIGINT, signal.default_int_handler)
   gc.collect()
   gc.freeze()  # Else a look for garbage would copy every page.
-  if serve(int(sys.argv[1])):
-    sys.exit(start_command())
+  if wanted := serve(int(sys.argv[1])):
+    runpy.run_module(wanted, run_name='__main__', alter_sys=True)

@@ -198,10 +198,12 @@ def environment(data: str, devices: int = 8, **more: str) -> dict[str, str]:
   return {**os.environ, 'XLA_FLAGS': flags, 'DIFFUSION_JAX_DATA': data, **more}
 
 
-def start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
-  """`python -m diffusion_jax ...` in the background, with its output in pipes."""
-  return forked.start(arguments, env) or subprocess.Popen(
-    [sys.executable, '-u', '-m', 'diffusion_jax', *arguments], env=env, cwd=ROOT, text=True,
+def start(
+  arguments: list[str], env: dict[str, str], module: str = 'diffusion_jax'
+) -> subprocess.Popen:
+  """`python -m MODULE ...` in the background, with its output in pipes."""
+  return forked.start(module, arguments, env) or subprocess.Popen(
+    [sys.executable, '-u', '-m', module, *arguments], env=env, cwd=ROOT, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )
 

@@ -7,28 +7,28 @@ its number, and made again by: python -m tests.faults.fuzz_child GROUP SEED FOLD
 import json
 import os
 import random
-import subprocess
-import sys
 
 import pytest
 
+from tests import tiny
 from tests.faults import fuzz_sources, mutants
-from tests.tiny import ROOT
 
 SEED = 0
 
 
 @pytest.mark.parametrize('group', fuzz_sources.GROUPS)
 def test_damaged_files_are_read_or_refused_in_one_sentence(tmp_path, group):
-  done = subprocess.run(
-    [sys.executable, '-m', 'tests.faults.fuzz_child', group, str(SEED), str(tmp_path / 'fuzz')],
-    cwd=ROOT, env={**os.environ, 'JAX_PLATFORMS': 'cpu'}, text=True, capture_output=True,
-    stdin=subprocess.DEVNULL, timeout=300,
+  child = tiny.start(
+    [group, str(SEED), str(tmp_path / 'fuzz')], dict(os.environ), 'tests.faults.fuzz_child'
   )
+  try:
+    out, err = child.communicate(timeout=300)
+  finally:
+    child.kill()
   log = tmp_path / 'fuzz' / 'progress'
   last = log.read_text() if log.exists() else 'none'
-  assert done.returncode == 0, f'group {group}, mutant {last}:\n{done.stderr[-3000:]}'
-  lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('[')]
+  assert child.returncode == 0, f'group {group}, mutant {last}:\n{err[-3000:]}'
+  lines = [json.loads(line) for line in out.splitlines() if line.startswith('[')]
   faults = [line for line in lines if line[0] != 'done']
   assert not faults, '\n'.join(
     f'{target} {number} of {group}: {what}: {fault}' for target, number, what, fault in faults

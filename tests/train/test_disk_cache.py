@@ -23,21 +23,27 @@ def losses(run):
   return [line['loss'] for _, line in sorted(tiny.metrics(run).items())]
 
 
-@pytest.fixture
-def train(command, parts, tmp_path):
+@pytest.fixture(scope='module')
+def train(command, parts, small_data, tmp_path_factory):
   """train(name, settings): the workdir of a run with these settings, and half of captions dropped.
   """
+  folder = tmp_path_factory.mktemp('disk_cache_runs')
+
   def run(name, settings, *more, **sections):
     values = tiny.diffusion_config(
       parts, {'caption_dropout': 0.5, **settings}, loop=LOOP, **sections
     )
-    recipe = tiny.write_config(tmp_path / f'{name}.py', values)
-    with tiny.few_devices():
-      code = command('train', '--config', recipe, '--workdir', tmp_path / name, '--quiet', *more)
-    assert code == 0
-    return tmp_path / name
+    recipe = tiny.write_config(folder / f'{name}.py', values)
+    assert command('train', '--config', recipe, '--workdir', folder / name, '--quiet', *more) == 0
+    return folder / name
 
   return run
+
+
+@pytest.fixture(scope='module')
+def memory(train):
+  """The workdir of a run from a cache in memory, with the texts in float32."""
+  return train('memory', EXACT)
 
 
 def shards(folder):
@@ -61,10 +67,10 @@ def prepared(once, parts, command, small_data):
   return once('disk_cache', make) / 'cache'
 
 
-def test_the_losses_are_those_of_memory_and_of_no_cache(train, prepared):
+def test_the_losses_are_those_of_memory_and_of_no_cache(train, memory, prepared):
   """What was prepared is taken as it is, to the end of the same training."""
   before = tiny.snapshot(prepared)
-  memory, disk = train('memory', EXACT), train(
+  disk = train(
     'disk', {'cache': False, **EXACT}, '--config.settings.cache=disk',
     f'--config.settings.cache_dir={prepared}',
   )
@@ -161,14 +167,14 @@ def test_two_processes_write_the_files_of_one(prepared, parts, tmp_path, small_d
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(train, parts, tmp_path, small_data):
-  one = train('one', {'cache': 'disk'})
-  values = tiny.diffusion_config(parts, {'caption_dropout': 0.5}, loop=LOOP)
+def test_two_processes_train_as_one(memory, prepared, parts, tmp_path, small_data):
+  """On the disk with what they write there themselves."""
+  values = tiny.diffusion_config(parts, {'caption_dropout': 0.5, **EXACT}, loop=LOOP)
   recipe = tiny.write_config(tmp_path / 'two.py', values)
   for cache in ('disk', True):
     run = tmp_path / f'two_{cache}'
     tiny.together(2, small_data, (
       'train', '--config', recipe, '--workdir', run, '--quiet', f'--config.settings.cache={cache}'
     ))
-    np.testing.assert_allclose(losses(run), losses(one), rtol=1e-5)
-    assert len(shards(run / 'cache')) == (len(shards(one / 'cache')) if cache == 'disk' else 0)
+    np.testing.assert_allclose(losses(run), losses(memory), rtol=1e-5)
+    assert shards(run / 'cache') == (shards(prepared) if cache == 'disk' else {})
