@@ -132,16 +132,18 @@ def _wanted(
   Without loop.evaluate_samples only those score that the config adds. UserError where loading
   fails, or none gives the metric that checkpoints are kept or the run is ended by.
   """
-  loop, found = config.loop, [*own, *added]
-  scoring = [one for one in found if one.when == EVALUATE]
-  if loop.evaluate_seconds and not any(hasattr(one, 'seconds') for one in scoring):
+  loop = config.loop
+  if loop.evaluate_seconds and not any(
+    hasattr(one, 'seconds') for one in (*own, *added) if one.when == EVALUATE
+  ):
     raise UserError(
       'loop.evaluate_seconds limits how long samples are made for scores, and task '
       f'{config.task} makes none; set it to 0 and choose loop.evaluate_samples.'
     )
   if not loop.evaluate_samples:
-    found = [one for one in found if one.when != EVALUATE or one in added]
-    scoring = [one for one in scoring if one in added]
+    own = [one for one in own if one.when != EVALUATE]
+  found = [*own, *added]
+  scoring = [one for one in found if one.when == EVALUATE]
   deciding = {key: name for key in DECIDING if (name := getattr(loop, key))}
   for key, name in deciding.items():
     if not getattr(loop, f'{key}_is'):

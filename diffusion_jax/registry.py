@@ -222,6 +222,8 @@ EVALUATORS = Table('evaluator', {
   'classification': 'diffusion_jax.evaluation.recognition:Classification',
   'likelihood': 'diffusion_jax.evaluation.likelihood:Likelihood',
   'held_out_loss': 'diffusion_jax.evaluation.held_out:HeldOutLoss',
+  'memorisation': 'diffusion_jax.evaluation.remembering:Memorisation',
+  'drift': 'diffusion_jax.evaluation.remembering:Drift',
   'elbo': 'diffusion_jax.evaluation.elbo:Elbo',
   'pixel_likelihood': 'diffusion_jax.evaluation.pixel_likelihood:PixelLikelihood',
   'span_corruption': 'diffusion_jax.evaluation.spans:SpanCorruption',

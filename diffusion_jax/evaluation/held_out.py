@@ -17,7 +17,7 @@ from diffusion_jax.evaluation.likelihood import image_keys, over_images
 from diffusion_jax.parallel.mesh import in_batches
 from diffusion_jax.pipelines.model import Diffusion
 from diffusion_jax.pixels import to_float
-from diffusion_jax.types import Condition, Latents, Params, Source, Weights
+from diffusion_jax.types import Condition, Latents, Params, Record, Source, Weights
 
 GOLDEN = (5**0.5 - 1) / 2
 LOSS, SEEN, GAP = 'held_out_loss', 'seen_loss', 'held_out_gap'
@@ -81,36 +81,51 @@ class HeldOutLoss(Cached):
     self, name: str, source: Source, model: Diffusion, weights: Weights, seed: int
   ) -> np.ndarray:
     """Return the losses, float64 [n levels], of the records of a split."""
-    z, rows = self.once(name, lambda: self._given(source, model, weights))
-    score = self.once('score', lambda: make_scorer(
-      model, Objective(self.objective, model.noise, model.parameterization), tuple(rows),
-      self.levels,
-    ))
-    # Evenly spread for any number of records (the golden ratio's multiples).
-    places = np.mod(GOLDEN * (1 + np.arange(len(z))), 1).astype(np.float32)
-    found = over_images(
-      score, weights, z, image_keys(jax.random.key(seed), len(z)), places, *rows.values(),
-      mesh=self.mesh, batch_size=min(self.batch_size, len(z)), label='held-out loss',
-    )
-    return np.asarray(found['loss'], np.float64)
+    found = []
+    for z, rows, start in self.once(name, lambda: self._given(source, model, weights)):
+      score = self.once('score', lambda: make_scorer(
+        model, Objective(self.objective, model.noise, model.parameterization),
+        tuple(rows), self.levels,  # noqa: B023
+      ))
+      keys = image_keys(jax.random.key(seed), start + len(z))[start:]
+      # Evenly spread for any number of records (the golden ratio's multiples).
+      places = np.mod(GOLDEN * (1 + np.arange(start, start + len(z))), 1).astype(np.float32)
+      found.append(over_images(
+        score, weights, z, keys, places, *rows.values(), mesh=self.mesh,
+        batch_size=min(self.batch_size, len(z)), label='held-out loss',
+      )['loss'])
+    return np.concatenate(found).astype(np.float64)
 
   def _given(
     self, source: Source, model: Diffusion, weights: Weights
-  ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Return z [n ...] of the records and their `Diffusion.rows`, made once: neither changes."""
+  ) -> list[tuple[np.ndarray, dict[str, np.ndarray], int]]:
+    """(z [n ...], `Diffusion.rows`, number of the first) of the records of each size.
+
+    Made once: none of it changes.
+    """
+    of_size: dict[tuple[int, ...], list[Record]] = {}
+    for record in shuffled(source, min(self.pictures, len(source))):
+      of_size.setdefault(record[model.space.field].shape, []).append(record)
+    found, start = [], 0
+    for shape, records in of_size.items():
+      z = self._encoded(records, model, weights)
+      captions = [model.prompt(record) for record in records]
+      rows = model.rows(captions, height=shape[0], width=shape[1]) if model.conditioners else {}
+      found.append((z, rows, start))
+      start += len(z)
+    return found
+
+  def _encoded(self, records: Sequence[Record], model: Diffusion, weights: Weights) -> np.ndarray:
+    """Return z [n ...] of records of one size, at its mean."""
     space = model.space
-    records = shuffled(source, min(self.pictures, len(source)))
     examples = np.stack([record[space.field] for record in records])
     encode = lambda weights, x: space.encode(weights, to_float(x) if x.dtype == np.uint8 else x)
-    if space.networks:
-      z = np.concatenate(list(in_batches(
-        jit(encode), {role: weights[role] for role in space.networks}, examples, mesh=self.mesh,
-        batch_size=self.batch_size,
-      )))
-    else:
-      z = np.asarray(encode({}, examples))
-    captions = [model.prompt(record) for record in records]
-    return z, model.rows(captions) if model.conditioners else {}
+    if not space.networks:
+      return np.asarray(encode({}, examples))
+    return np.concatenate(list(in_batches(
+      jit(encode), {role: weights[role] for role in space.networks}, examples, mesh=self.mesh,
+      batch_size=self.batch_size,
+    )))
 
 
 def make_scorer(

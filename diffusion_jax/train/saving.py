@@ -89,6 +89,14 @@ class Saver(Checkpoints):
       'goodput': goodput,
     })
 
+  def scores(self, step: int, values: dict[str, float]) -> None:
+    super().scores(step, values)
+    if (name := self._loop.stop_when) and name not in values:
+      self._say(
+        f'loop.stop_when is {name!r}, which this evaluation does not measure; it measures '
+        f'{", ".join(sorted(values)) or "nothing"}.'
+      )
+
   def lacks_score(self, step: int) -> bool:
     """True where an evaluation of this step would have been noted that decides on the run's end."""
     every = self._loop.evaluate_every_steps

@@ -13,9 +13,12 @@ from diffusion_jax.viz.run_files import Run, is_number
 from diffusion_jax.viz.scores import metric_words
 
 TITLE = 'Learning, remembering, forgetting'
-NOTE = 'Losses as fractions of the first held-out one, prompt fidelity as a cosine.'
+NOTE = ('Losses as fractions of the first held-out one, prompt fidelity as a cosine, drift as a '
+        'cosine distance.')
 LOSSES = {'held_out_loss': 'learning: held-out loss', 'seen_loss': 'loss on pictures trained on'}
 AS_THEY_ARE = {
+  'memorised_fraction': ('remembering: fraction nearer to a training picture', 1.0),
+  'drift': ('forgetting: distance to the base model', 1.0),
   'clip_score': ('prompt fidelity', 0.01),
 }
 """Metric -> (its line in the chart, factor on it)."""
