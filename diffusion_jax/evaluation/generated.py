@@ -331,6 +331,10 @@ def check_samples(samples: int, available: int) -> None:
 
 
 def fresh_weights(model: Generator, weights: Weights, mesh: Mesh, seed: int = 1) -> Weights:
-  """Return weights of the same model with those of the network that draws untrained."""
-  fresh = jax.jit(model.networks[model.drawn_by].initialize)(jax.random.key(seed))
-  return {**weights, model.drawn_by: put_params(to_host(fresh), mesh)}
+  """Return weights of the same model with those of the networks that draw untrained."""
+  weights, key = dict(weights), jax.random.key(seed)
+  for number, role in enumerate(model.drawn_by):
+    own = jax.random.fold_in(key, number) if number else key
+    fresh = jax.jit(model.networks[role].initialize)(own)
+    weights[role] = put_params(to_host(fresh), mesh)
+  return weights

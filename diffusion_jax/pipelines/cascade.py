@@ -88,6 +88,12 @@ class Cascade(Diffusion):
     }
 
   @property
+  def drawn_by(self) -> tuple[str, ...]:
+    stages = enumerate(self.stages, 1)
+    more = (role_of(i, role) for i, stage in stages for role in stage.model.drawn_by)
+    return (*self.base.drawn_by, *more)
+
+  @property
   def trained_size(self) -> tuple[int, int]:
     height, width = self.base.trained_size
     return height * self.times, width * self.times

@@ -34,8 +34,8 @@ DEFAULT = 'Diffusion'
 class Generator(abc.ABC):
   """A generative model of images without its weights, which are by the roles of its networks."""
 
-  drawn_by: ClassVar[str]
-  """Role of the network that draws: with fresh weights the model counts as untrained."""
+  drawn_by: Sequence[str]
+  """Roles of the networks that draw: with fresh weights of all the model counts as untrained."""
   likelihood: ClassVar[str] = ''
   """The row of `registry.EVALUATORS` that measures its likelihood, if one does."""
   takes_pictures: ClassVar[bool] = False

@@ -62,7 +62,7 @@ class ImageTokens(OfOneSize):
   mean: Sequence[float] = (0.5,) * 3
   std: Sequence[float] = (0.5,) * 3
   Sample: ClassVar = TokenSampleConfig
-  drawn_by: ClassVar = TRANSFORMER
+  drawn_by: ClassVar = (TRANSFORMER,)
 
   @property
   def networks(self) -> Mapping[str, Network]:

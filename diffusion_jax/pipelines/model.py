@@ -89,7 +89,7 @@ class Diffusion(ImageSizes, Generator):
   worse: Network | None = None
   size: tuple[int, int] | None = None
   programs: set = dataclasses.field(init=False, default_factory=set, repr=False)
-  drawn_by: ClassVar = DENOISER
+  drawn_by: ClassVar = (DENOISER,)
   takes_pictures: ClassVar = True
   interpolates: ClassVar = 'noise'
 

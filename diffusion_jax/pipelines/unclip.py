@@ -65,8 +65,9 @@ class UnCLIP(OfOneSize):
     return {**prefixed(PRIOR, self.prior.networks), **prefixed(DECODER, self.decoder.networks)}
 
   @property
-  def drawn_by(self) -> str:
-    return f'{PRIOR}.{self.prior.drawn_by}'
+  def drawn_by(self) -> tuple[str, ...]:
+    parts = {PRIOR: self.prior, DECODER: self.decoder}
+    return tuple(f'{name}.{role}' for name, part in parts.items() for role in part.drawn_by)
 
   @property
   def text(self):

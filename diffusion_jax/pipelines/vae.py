@@ -38,7 +38,7 @@ class VAE(OfOneSize):
   autoencoder: Network
   size: tuple[int, int]
   Sample: ClassVar = VAESampleConfig
-  drawn_by: ClassVar = AUTOENCODER
+  drawn_by: ClassVar = (AUTOENCODER,)
   likelihood: ClassVar = 'elbo'
 
   @property

@@ -11,6 +11,7 @@ from PIL import Image
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.generated import fresh_weights
 from diffusion_jax.parallel.mesh import MeshConfig, make_mesh
 from diffusion_jax.pipelines.assembly import assemble
 from diffusion_jax.pipelines.cascade import Cascade, Stage
@@ -63,6 +64,12 @@ def opened(path, mesh):
   return model, {role: part.load(mesh=mesh) for role, part in parts.items()}, sample
 
 
+def changed(weights, others):
+  """Return the roles of the networks that differ."""
+  equal = lambda role: all(np.array_equal(weights[role][n], others[role][n]) for n in weights[role])
+  return {role for role in weights if not equal(role)}
+
+
 def test_the_stages_draw_in_turn(cascade, folders):
   """What each would draw alone of what it is given, by its own settings and noise."""
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -71,6 +78,7 @@ def test_the_stages_draw_in_turn(cascade, folders):
   )
   assert isinstance(model, Cascade) and model.trained_size == (16, 16) and config == SAMPLE
   assert model.edges.multiple == 4 and weights.keys() == model.networks.keys()
+  assert changed(weights, fresh_weights(model, weights, mesh)) == {'denoiser', '1.denoiser'}
   draw = lambda level=20, **more: np.concatenate(list(model.sample(
     weights, PROMPTS, config, seed=3, mesh=mesh, batch_size=2, inputs=Inputs(noise_level=level),
     **more

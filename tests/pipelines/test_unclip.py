@@ -14,6 +14,7 @@ from PIL import Image
 from diffusion_jax.diffusion.noise import ScheduleConfig
 from diffusion_jax.diffusion.parameterization import Parameterization
 from diffusion_jax.errors import UserError
+from diffusion_jax.evaluation.generated import fresh_weights
 from diffusion_jax.formats.networks import save_params
 from diffusion_jax.models.network import Network
 from diffusion_jax.models.text.clip import CLIP
@@ -171,6 +172,9 @@ def test_the_decoder_draws_of_an_embedding_what_it_draws_of_its_picture(run, dec
     images = next(whole.sample(every, prompts, config, **how))
     own = whole.embeddings(every, prompts, config, **how)
     np.testing.assert_allclose(next(whole.decode(every, own, **how)), images, atol=1e-5)
+    untrained = fresh_weights(whole, every, mesh)
+  for role in ('prior.denoiser', 'decoder.denoiser'):
+    assert any(np.any(untrained[role][name] != every[role][name]) for name in every[role])
   assert own.shape == (2, CONFIG.projection_dim)
 
 
