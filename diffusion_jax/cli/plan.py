@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
   if options.json:
     rows = [plan.as_json(price) for plan, price in zip(plans, paid, strict=True)]
     with writing(options.json, '--json') as path:
-      path.write_text(json.dumps({'config': config, 'plans': rows}, indent=2) + '\n', 'utf-8')
+      text = json.dumps({'config': config, 'plans': rows}, indent=2)
+      path.write_text(f'{text}\n', encoding='utf-8')
     print(f'the figures are in {path}')
   if options.html:
     with writing(options.html, '--html') as path:

@@ -206,7 +206,7 @@ def write_peft(folder: str | os.PathLike, weights: Mapping[str, Weights]) -> Non
   config = {'peft_type': PEFT_TYPES['lora']} | peft_config(weights)
   folder.mkdir(parents=True, exist_ok=True)
   write_tensors(folder / f'{_OF_PEFT}.safetensors', _of_peft(weights, 'base_model.model.'), {})
-  (folder / BESIDE).write_text(json.dumps(config, indent=2, sort_keys=True), 'utf-8')
+  (folder / BESIDE).write_text(json.dumps(config, indent=2, sort_keys=True), encoding='utf-8')
 
 
 def fits_layout(weights: Mapping[str, Weights], layout: str) -> bool:
